@@ -1,0 +1,1 @@
+"""Triton kernels: one file per operation, imported only when an operation runs on an accelerator."""

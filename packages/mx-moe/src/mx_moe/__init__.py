@@ -1,0 +1,1 @@
+"""Mixture-of-Experts layers on microscaling weights. See the package's README."""

@@ -1,0 +1,1 @@
+"""Quantization methods and checkpoints. See the package's README."""

@@ -1,0 +1,131 @@
+"""Shapes, inputs, rooflines and the timer that every GPU benchmark shares.
+
+Roofline: max(bytes / READ, flops / MATMUL), with the ceilings measured on an H200 (docs/performance.md): the weights of the
+experts that are hit, once, in their format, plus the activations in and out; 2 flops for each multiply-add.
+Timing: a CUDA graph walks several layers, each with its own weights and routing, so that no weight waits in the L2 cache;
+warm-up, then the median of the replays divided by the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import mx_kernels as mk
+
+READ = 4587e9  # bytes/s, reading, measured
+COPY = 4299e9  # bytes/s, read + write, measured
+MATMUL = 797e12  # bf16 flop/s, 8192^3 in a burst, measured
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+FORMATS = ("bf16", "mxfp8", "mxfp4", "nvfp4")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One MoE layer: H hidden, I intermediate, E experts, top_k, activation."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    activation: mk.Activation
+
+    def active(self, tokens: int) -> float:
+        """Expected number of experts hit under uniform routing."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+
+    def weight_bytes(self, fmt: str, experts: float) -> float:
+        """Bytes of the weights of so many experts."""
+        bits = 16 if fmt == "bf16" else mk.get_format(fmt).bits_per_element
+        return experts * 3 * self.hidden * self.intermediate * bits / 8
+
+    def flops(self, tokens: int) -> float:
+        """Floating-point operations of both GEMMs."""
+        return 2.0 * tokens * self.top_k * 3 * self.hidden * self.intermediate
+
+    def floor_us(self, fmt: str, tokens: int, distinct: float) -> float:
+        """The roofline in microseconds for ``distinct`` experts hit."""
+        moved = self.weight_bytes(fmt, distinct) + tokens * self.hidden * 4
+        return 1e6 * max(moved / READ, self.flops(tokens) / MATMUL)
+
+
+SWIGLU_OAI = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
+SILU = mk.Activation("silu")
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("gpt-oss-120b", 2880, 2880, 128, 4, SWIGLU_OAI),
+        Shape("qwen3-30b-a3b", 2048, 768, 128, 8, SILU),
+        Shape("mixtral-8x7b", 4096, 14336, 8, 2, SILU),
+        Shape("deepseek-v3-tp8", 7168, 256, 256, 8, SILU),
+        Shape("olmoe-1b-7b", 2048, 1024, 64, 8, SILU),
+        Shape("gpt-oss-20b", 2880, 2880, 32, 4, SWIGLU_OAI),
+        Shape("tiny", 256, 256, 8, 2, SILU),
+    )
+}
+
+
+def routing(
+    shape: Shape, tokens: int, seed: int, skew: float = 0.0, device: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids int32 [T, k] and weights float32 [T, k]; ``skew`` > 0 favours low expert numbers (Zipf exponent)."""
+    g = torch.Generator(device=device).manual_seed(seed)
+    logits = torch.randn(tokens, shape.experts, device=device, generator=g)
+    logits -= skew * torch.log(torch.arange(1, shape.experts + 1, device=device))
+    values, ids = logits.topk(shape.top_k, dim=-1)
+    return ids.int(), values.softmax(-1)
+
+
+def layers_for(shape: Shape, fmt: str, tokens: int, budget: float = 48e9) -> int:
+    """How many layers one graph walks so that their active weights are ten times the L2 cache."""
+    copies = math.ceil(600e6 / shape.weight_bytes(fmt, shape.active(tokens)))
+    return int(max(1, min(16, max(2, copies), budget // shape.weight_bytes(fmt, shape.experts))))
+
+
+def time_graph(calls: Sequence[Callable[[], object]], seconds: float = 0.1) -> float:
+    """Median microseconds of one call: one CUDA graph over all calls, warmed up for 30 ms, then replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for call in calls:
+                call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            keep = [call() for call in calls]
+        one = max(_replay(graph, stream, 1)[0] * 1e-6, 1e-6)
+        for _ in range(min(400, int(0.03 / one))):
+            graph.replay()
+        times = _replay(graph, stream, int(max(7, min(100, seconds / one))))
+    del graph, keep
+    return statistics.median(times) / len(calls)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, times: int) -> list[float]:
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
+    for before, after in pairs:
+        before.record(stream)
+        graph.replay()
+        after.record(stream)
+    stream.synchronize()
+    return [before.elapsed_time(after) * 1e3 for before, after in pairs]
+
+
+def describe() -> dict[str, str]:
+    """Device and versions that a figure belongs to."""
+    import datetime
+
+    import triton
+
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }

@@ -1,0 +1,134 @@
+"""Ahead-of-time compilation of Triton kernels, shared by all compile tests: no GPU is needed.
+
+``compile_kernel(fn, signature, constexprs, "sm_90")`` gives the assembly text, registers, spills and, for NVIDIA, ptxas's
+log and the disassembly, through the tools that ship in the Triton wheel.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+    "gfx1250": GPUTarget("hip", "gfx1250", 32),
+}
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """One compiled kernel. ``asm`` is PTX or AMDGCN text; ``spills`` counts bytes (NVIDIA) or registers (AMD)."""
+
+    target: str
+    asm: str
+    ir: str
+    registers: int
+    spills: int
+    shared: int
+    cubin: bytes | None = None
+
+    @functools.cached_property
+    def log(self) -> str:
+        """What ``ptxas -v`` says: C7510 and C7515 are serialized wgmma. Empty for AMD."""
+        if self.cubin is None:
+            return ""
+        arch = re.search(r"\.target\s+(\w+)", self.asm)
+        assert arch is not None
+        tool = get_ptxas(TARGETS[self.target].arch).path
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "kernel.ptx")
+            source.write_text(self.asm)
+            command = [tool, "-v", f"--gpu-name={arch.group(1)}", source, "-o", Path(folder, "kernel.cubin")]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    @functools.cached_property
+    def sass(self) -> list[str]:
+        """The machine instructions in order ("LDG.E.128 R4, ..." with predicates removed); NVIDIA only."""
+        text = self._tool("nvdisasm", "-c")
+        found = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[^;]*);", text, re.M)
+        return [line for line in (f.strip() for f in found) if not line.startswith("NOP")]
+
+    def opcodes(self, *, full: bool = False) -> Counter[str]:
+        """How often each machine opcode occurs ("LDG"), with its modifiers ("LDG.E.128") where ``full``; NVIDIA only."""
+        names = (line.split()[0] for line in self.sass)
+        return Counter(name if full else name.split(".")[0] for name in names)
+
+    def loops(self) -> list[list[str]]:
+        """The bodies of the backward branches, shortest first, as instruction lists; NVIDIA only."""
+        instructions: list[str] = []
+        labels: dict[str, int] = {}
+        found = []
+        for line in self._tool("nvdisasm", "-c").splitlines():
+            if label := re.match(r"\s*(\.L_\w+):", line):
+                labels[label.group(1)] = len(instructions)
+            elif m := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[^;]*);", line):
+                instructions.append(m.group(1).strip())
+                branch = re.match(r"BRA.*?(\.L_\w+)", instructions[-1])
+                if branch and branch.group(1) in labels:
+                    found.append((labels[branch.group(1)], len(instructions)))
+        return sorted((instructions[a:b] for a, b in found if b - a > 1), key=len)
+
+    def _tool(self, name: str, *flags: str) -> str:
+        assert self.cubin is not None, f"{self.target} has no cubin"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            return subprocess.run([_TOOLS / name, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options) -> Compiled:
+    """Compile a ``@triton.jit`` function for a name in ``TARGETS``.
+
+    signature: {parameter: type} of every run-time parameter ("*bf16", "*u8", "*fp8e4nv", "i32", "i64", "fp32").
+    constexprs: {parameter: value}; a run-time parameter whose host value is 1 or None belongs here too, as in a launch.
+    unaligned: run-time parameters that are *not* multiples of 16; pointers and integers are otherwise taken as such.
+    options: num_warps, num_stages, maxnreg ...
+    """
+    names = fn.arg_names
+    unknown = (set(signature) | set(constexprs)) ^ set(names)
+    assert not unknown, f"{fn.__name__}: parameters {sorted(unknown)} are unknown or missing"
+    types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
+    aligned = [
+        i for i, n in enumerate(names) if n not in unaligned and (types[n][0] == "*" or types[n] in ("i32", "i64"))
+    ]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(
+        fn=fn, signature=types, constexprs={(names.index(k),): v for k, v in constexprs.items()}, attrs=attrs
+    )
+    gpu = TARGETS[target]
+    kernel = triton_compile(source, target=gpu, options=options)
+    shared = kernel.metadata.shared
+    if gpu.backend == "hip":
+        asm = kernel.asm["amdgcn"]
+        registers = _number(asm, r"\.vgpr_count:\s*(\d+)")
+        spills = _number(asm, r"\.vgpr_spill_count:\s*(\d+)")
+        return Compiled(target, asm, kernel.asm["ttgir"], registers, spills, shared)
+    made = Compiled(target, kernel.asm["ptx"], kernel.asm["ttgir"], 0, 0, shared, kernel.asm["cubin"])
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", made._tool("cuobjdump", "-res-usage"))
+    assert usage is not None
+    registers, stack, local = (int(n) for n in usage.groups())
+    return Compiled(target, made.asm, made.ir, registers, stack + local, shared, made.cubin)
+
+
+def _number(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return int(found.group(1))

@@ -1,0 +1,34 @@
+"""The specification: a plain-PyTorch twin of every operation, on any device, which is also its CPU kernel.
+
+Twins take the same arguments as the public functions and return the same values; what is faster is compared with them bit for bit.
+"""
+
+from .elements import code_values, decode, encode, pack_codes, scale_to_float, scale_to_reciprocal, unpack_codes
+from .quantize import (
+    compute_global_scale,
+    dequantize,
+    dequantize_parts,
+    e4m3_scale,
+    e8m0_scale,
+    quantize,
+    quantize_codes,
+    quantize_dequantize,
+)
+
+__all__ = [
+    "code_values",
+    "compute_global_scale",
+    "decode",
+    "dequantize",
+    "dequantize_parts",
+    "e4m3_scale",
+    "e8m0_scale",
+    "encode",
+    "pack_codes",
+    "quantize",
+    "quantize_codes",
+    "quantize_dequantize",
+    "scale_to_float",
+    "scale_to_reciprocal",
+    "unpack_codes",
+]

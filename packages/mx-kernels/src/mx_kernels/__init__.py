@@ -1,5 +1,6 @@
 """Microscaling kernels: Triton on GPUs, PyTorch everywhere. See the package's README."""
 
+from . import reference
 from .choose import Candidate, Choice, Unsupported, choose
 from .device import ARCHITECTURES, Architecture, Device
 from .epilogue import Activation, Epilogue
@@ -16,6 +17,7 @@ from .formats import (
     ScaleRule,
     get_format,
 )
+from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
 from .tensor import QuantizedTensor
 
 __all__ = [
@@ -39,5 +41,10 @@ __all__ = [
     "ScaleRule",
     "Unsupported",
     "choose",
+    "compute_global_scale",
+    "dequantize",
     "get_format",
+    "quantize",
+    "quantize_dequantize",
+    "reference",
 ]

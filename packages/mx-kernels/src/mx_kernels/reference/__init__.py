@@ -5,6 +5,8 @@ Twins take the same arguments as the public functions and return the same values
 
 from .elements import code_values, decode, encode, pack_codes, scale_to_float, scale_to_reciprocal, unpack_codes
 from .quantize import (
+    GLOBAL_MAX,
+    GLOBAL_MIN,
     compute_global_scale,
     dequantize,
     dequantize_parts,
@@ -16,6 +18,8 @@ from .quantize import (
 )
 
 __all__ = [
+    "GLOBAL_MAX",
+    "GLOBAL_MIN",
     "code_values",
     "compute_global_scale",
     "decode",

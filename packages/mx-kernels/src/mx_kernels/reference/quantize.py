@@ -109,9 +109,7 @@ def _search_e8m0(blocks: Tensor, amax_bits: Tensor, element: Element) -> Tensor:
     """The better of FLOOR's byte and the next one; FLOOR's where they tie, and for blocks that are not finite."""
     low = e8m0_scale(amax_bits, element, ScaleRule.FLOOR)
     high = torch.where(low < 253, low + 1, low)
-    error = [
-        _squared_error(blocks, _e8m0_codes(blocks, s, element), scale_to_float(s), element) for s in (low, high)
-    ]
+    error = [_squared_error(blocks, _e8m0_codes(blocks, s, element), scale_to_float(s), element) for s in (low, high)]
     return torch.where((error[1] < error[0]) & (amax_bits < INF_BITS), high, low)
 
 
@@ -126,8 +124,11 @@ def _search_nvfp4(blocks: Tensor, amax: Tensor, global_scale: Tensor, rule: Scal
     else:
         steps = [d for d in _SEARCH_STEPS if d]
         candidates = [(standard.to(torch.int32) + d).clamp(1, 0x7E).to(torch.uint8) for d in steps]
-    best, least = standard, _squared_error(
-        blocks, _nvfp4_codes(blocks, standard, global_scale), decode(standard, E4M3) * global_scale, E2M1
+    best, least = (
+        standard,
+        _squared_error(
+            blocks, _nvfp4_codes(blocks, standard, global_scale), decode(standard, E4M3) * global_scale, E2M1
+        ),
     )
     for candidate in candidates:
         codes = _nvfp4_codes(blocks, candidate, global_scale)

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from mx_quant.shards import DTYPES, INDEX, SINGLE, ShardReader, load_json, parse_header, parse_index
-from mx_quant.writer import ShardWriter, TensorSpec, crc32_join, index_json, plan_shards, write_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from mx_quant.shards import DTYPES, INDEX, SINGLE, ShardReader, load_json, parse_header, parse_index
+from mx_quant.writer import ShardWriter, TensorSpec, crc32_join, index_json, plan_shards, write_file
 
 WIDE = [d for d, bits in DTYPES.values() if bits >= 8]
 

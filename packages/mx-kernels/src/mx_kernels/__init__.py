@@ -1,7 +1,10 @@
 """Microscaling kernels: Triton on GPUs, PyTorch everywhere. See the package's README."""
 
 from . import reference
+from .activation import activate
+from .align import Alignment, moe_align_block_size
 from .choose import Candidate, Choice, Unsupported, choose
+from .combine import combine
 from .device import ARCHITECTURES, Architecture, Device
 from .epilogue import Activation, Epilogue
 from .formats import (
@@ -17,6 +20,8 @@ from .formats import (
     ScaleRule,
     get_format,
 )
+from .gemm import gemm
+from .grouped_gemm import block_size, grouped_gemm
 from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
 from .tensor import QuantizedTensor
 
@@ -30,6 +35,7 @@ __all__ = [
     "MXFP8_E5M2",
     "NVFP4",
     "Activation",
+    "Alignment",
     "Architecture",
     "Candidate",
     "Choice",
@@ -40,10 +46,16 @@ __all__ = [
     "QuantizedTensor",
     "ScaleRule",
     "Unsupported",
+    "activate",
+    "block_size",
     "choose",
+    "combine",
     "compute_global_scale",
     "dequantize",
+    "gemm",
     "get_format",
+    "grouped_gemm",
+    "moe_align_block_size",
     "quantize",
     "quantize_dequantize",
     "reference",

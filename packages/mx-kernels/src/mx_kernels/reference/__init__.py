@@ -3,7 +3,10 @@
 Twins take the same arguments as the public functions and return the same values; what is faster is compared with them bit for bit.
 """
 
+from .activation import activate, activated
 from .elements import code_values, decode, encode, pack_codes, scale_to_float, scale_to_reciprocal, unpack_codes
+from .gemm import gemm, grouped_gemm
+from .moe import combine, moe_align_block_size
 from .quantize import (
     GLOBAL_MAX,
     GLOBAL_MIN,
@@ -20,7 +23,10 @@ from .quantize import (
 __all__ = [
     "GLOBAL_MAX",
     "GLOBAL_MIN",
+    "activate",
+    "activated",
     "code_values",
+    "combine",
     "compute_global_scale",
     "decode",
     "dequantize",
@@ -28,6 +34,9 @@ __all__ = [
     "e4m3_scale",
     "e8m0_scale",
     "encode",
+    "gemm",
+    "grouped_gemm",
+    "moe_align_block_size",
     "pack_codes",
     "quantize",
     "quantize_codes",

@@ -1,0 +1,100 @@
+"""The last step of an MoE layer: the sum over a token's experts.
+
+    out[t] = sum over slots s, in order, of (weights[t, s] *) y[t * k + s],   dropped pairs left out
+
+Letters: T tokens, k experts a token, H hidden size. Kernel: ``kernels.combine.combine``, with the op's arguments and result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .alignment import Alignment
+from .dispatch import FLOATS, check_device, check_float, check_last_stride, direct, has_triton
+from .reference.moe import combined
+
+
+@torch.library.custom_op(
+    "mx_kernels::combine",
+    mutates_args=(),
+    schema="(Tensor y, Tensor ids, int num_experts, Tensor? expert_map, Tensor? weights, ScalarType out_dtype) -> Tensor",
+)
+def combine_op(
+    y: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    weights: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """[T, H] of ``out_dtype``."""
+    return combined(y, ids, num_experts, expert_map, weights, out_dtype)
+
+
+@combine_op.register_kernel(("cuda", "xpu"))
+def _(
+    y: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    weights: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    if not has_triton():
+        return combined(y, ids, num_experts, expert_map, weights, out_dtype)
+    from .kernels import combine as kernels
+
+    return kernels.combine(y, ids, num_experts, expert_map, weights, out_dtype)
+
+
+@combine_op.register_fake
+def _(
+    y: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
+    weights: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return y.new_empty((ids.shape[0], y.shape[1]), dtype=out_dtype)
+
+
+def combine(
+    y: Tensor,  # [T * k, H]
+    tiles: Alignment,
+    *,
+    weights: Tensor | None = None,  # [T, k]
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:  # [T, H]
+    """Sum the k rows of each token, in float32 and in slot order, and round once.
+
+    y: float32, bf16 or fp16, row p of pair p. Rows of dropped pairs are never read, whatever they hold; a token that has
+    no other gets zeros. weights: float32 [T, k], if the rows are not weighted yet. out_dtype: y's by default.
+
+    Raises ValueError for shapes, strides and devices, TypeError for dtypes.
+    """
+    check_float(y, "y")
+    check_last_stride(y, "y")
+    if y.ndim != 2 or y.shape[0] != tiles.num_pairs:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, needs [{tiles.num_pairs}, H]: one row for each of the "
+            f"{tiles.ids.shape[0]} tokens times {tiles.top_k} experts"
+        )
+    check_device(y, tiles.device, "y", "the alignment")
+    if weights is not None:
+        if weights.dtype != torch.float32:
+            raise TypeError(f"weights is {weights.dtype}, needs float32")
+        if weights.shape != tiles.ids.shape:
+            raise ValueError(f"weights has shape {tuple(weights.shape)}, needs that of ids, {tuple(tiles.ids.shape)}")
+        check_device(weights, y.device, "weights", "y")
+        weights = weights.contiguous()
+    out_dtype = out_dtype or y.dtype
+    if out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype is {out_dtype}, needs float32, bfloat16 or float16")
+    y = y.contiguous()
+    if direct(y, tiles.ids, weights):
+        from .kernels import combine as kernels
+
+        return kernels.combine(y, tiles.ids, tiles.num_experts, tiles.expert_map, weights, out_dtype)
+    return combine_op(y, tiles.ids, tiles.num_experts, tiles.expert_map, weights, out_dtype)

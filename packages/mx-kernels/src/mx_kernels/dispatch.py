@@ -1,0 +1,124 @@
+"""How a public function reaches its implementation.
+
+Every operation is a custom op: a PyTorch reference on any device, a Triton kernel on cuda (also ROCm) and xpu where Triton
+is installed. Dataclasses stop at the op boundary: only tensors (FP8 codes and scales as uint8 views), numbers, strings and
+dtypes cross it. ``flat_*`` takes the dataclasses apart, ``whole_*`` puts them together again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .epilogue import Activation
+from .formats import ScaleRule, get_format
+from .tensor import QuantizedTensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; without it every operation runs on its reference. Does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be launched at once, without the dispatcher's overhead.
+
+    True for plain tensors on an accelerator that has Triton, while nothing traces, fakes or differentiates.
+    """
+    if torch.compiler.is_compiling() or not has_triton():
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in (Tensor, Parameter) or t.device.type not in ("cuda", "xpu"):
+            return False
+        if t.requires_grad and torch.is_grad_enabled():
+            return False
+    return not is_in_torch_dispatch_mode() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def bytes_of(t: Tensor) -> Tensor:
+    """A one-byte tensor as uint8."""
+    return t if t.dtype == torch.uint8 else t.view(torch.uint8)
+
+
+FlatActivation = tuple[str, str, bool, float, float, float]
+FlatOperand = tuple[Tensor, Tensor | None, Tensor | None, str]
+
+
+def flat_activation(a: Activation | None) -> FlatActivation:
+    """(kind or "", layout, gated, alpha, beta, limit or inf)."""
+    if a is None:
+        return "", "concatenated", False, 0.0, 0.0, math.inf
+    return a.kind, a.layout, a.gated, a.alpha or 0.0, a.beta or 0.0, math.inf if a.limit is None else a.limit
+
+
+def whole_activation(
+    act: str, act_layout: str, gated: bool, alpha: float, beta: float, limit: float
+) -> Activation | None:
+    """The inverse of ``flat_activation``."""
+    if not act:
+        return None
+    oai = act == "swiglu_oai"
+    return Activation(
+        act,
+        act_layout,
+        gated,
+        alpha if oai else None,
+        beta if oai else None,
+        None if math.isinf(limit) else limit,
+    )
+
+
+def flat_operand(t: Tensor | QuantizedTensor) -> FlatOperand:
+    """(codes as bytes or the plain tensor, scales as bytes, global scale, format name or "")."""
+    if isinstance(t, QuantizedTensor):
+        return bytes_of(t.data), bytes_of(t.scale), t.global_scale, t.format.name
+    return t, None, None, ""
+
+
+def whole_operand(
+    data: Tensor, scale: Tensor | None, global_scale: Tensor | None, name: str
+) -> Tensor | QuantizedTensor:
+    """The inverse of ``flat_operand``, but for the scale rule and dtype, which no product depends on."""
+    if not name or scale is None:
+        return data
+    f = get_format(name)
+    return QuantizedTensor(
+        data.view(f.data_dtype), scale.view(f.scale_dtype), f, f.default_rule, torch.float32, global_scale
+    )
+
+
+def requantized(
+    data: Tensor, scale: Tensor, name: str, rule: ScaleRule | str | None, dtype: torch.dtype, g: Tensor | None = None
+) -> QuantizedTensor:
+    """The bytes that an op returned, as the tensor that they are."""
+    f = get_format(name)
+    return QuantizedTensor(data.view(f.data_dtype), scale.view(f.scale_dtype), f, f.check_rule(rule), dtype, g)
+
+
+def check_last_stride(t: Tensor, what: str) -> None:
+    """Raise ValueError unless the last dimension is contiguous."""
+    if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(f"{what} has stride {t.stride(-1)} along its last dimension, needs 1: pass it .contiguous()")
+
+
+def check_float(t: Tensor, what: str) -> None:
+    """Raise TypeError unless ``t`` is float32, bfloat16 or float16."""
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{what} is {t.dtype}, needs float32, bfloat16 or float16")
+
+
+def check_device(t: Tensor, device: torch.device, what: str, of: str) -> None:
+    """Raise ValueError unless ``t`` is on ``device``."""
+    if t.device != device:
+        raise ValueError(f"{what} is on {t.device} and {of} on {device}: move both to one device")

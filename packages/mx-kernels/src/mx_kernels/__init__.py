@@ -22,6 +22,16 @@ from .formats import (
 )
 from .gemm import gemm
 from .grouped_gemm import block_size, grouped_gemm
+from .layouts import (
+    swizzle_8x4,
+    swizzle_128x4,
+    swizzle_cdna4,
+    swizzle_hopper,
+    unswizzle_8x4,
+    unswizzle_128x4,
+    unswizzle_cdna4,
+    unswizzle_hopper,
+)
 from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
 from .tensor import QuantizedTensor
 
@@ -59,4 +69,12 @@ __all__ = [
     "quantize",
     "quantize_dequantize",
     "reference",
+    "swizzle_128x4",
+    "swizzle_8x4",
+    "swizzle_cdna4",
+    "swizzle_hopper",
+    "unswizzle_128x4",
+    "unswizzle_8x4",
+    "unswizzle_cdna4",
+    "unswizzle_hopper",
 ]

@@ -1,0 +1,380 @@
+"""What every checkpoint layout shares: its row type, weight references, and the engine for layouts that rename and re-type.
+
+A layout is how one tool stores a QuantizedTensor: which tensors, under which names, with which dtypes and shapes, and what
+config.json says about them. Letters: E experts, N rows, K columns (canonical: K last, gate rows before up rows), B block length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mx_kernels import Format, QuantizedTensor, ScaleRule
+
+from .families import FUSED_BIAS, FUSED_EXPERT, classify, deinterleave, interleave
+from .globals import invert_global
+
+Configs = Mapping[str, Mapping[str, Any]]
+"""JSON files of a checkpoint by file name: "config.json" and, where there is one, "hf_quant_config.json"."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Dtype and shape of a stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Info(Protocol):
+    """Anything with a dtype and a shape: TensorInfo, a Tensor, a row of a safetensors header."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def shape(self) -> Sequence[int]: ...  # noqa: D102
+
+
+Infos = Mapping[str, Info]
+
+
+class Get(Protocol):
+    """Reads a stored tensor: all of it, or (``expert``) entry ``expert`` of its first dimension alone."""
+
+    def __call__(self, name: str, expert: int | None = None) -> Tensor: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """One weight of a checkpoint.
+
+    name: its full-precision name: "..q_proj.weight", "..experts.3.gate_proj.weight", "..experts.gate_up_proj".
+    kind: "linear" or "expert" [N, K], "fused_expert" [E, N, K]; "expert_bias" [N] and "fused_bias" [E, N] where listed.
+    shape: the canonical shape, whatever the layout's own is. format: None is full precision.
+    tensors: names of the stored tensors it occupies. rule: the scale rule the config states, else the format's default.
+    input_scale: the stored tensor with the NVFP4 global scale of the activations, if any.
+    interleaved: stored rows of gate_up alternate gate, up. transposed: a full-precision tensor stored [E, K, N].
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    format: Format | None = None
+    tensors: tuple[str, ...] = ()
+    rule: ScaleRule | None = None
+    input_scale: str | None = None
+    interleaved: bool = False
+    transposed: bool = False
+
+    @property
+    def module(self) -> str:
+        """The name without ".weight", as configs list modules."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def experts(self) -> int | None:
+        """E of a fused weight or bias, else None."""
+        return self.shape[0] if self.kind in (FUSED_EXPERT, FUSED_BIAS) else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row of LAYOUTS: how a tool stores quantized weights, as data and functions.
+
+    name, formats: what it is called and which formats it holds. kinds: the kinds of weights it holds.
+    activations: formats for which it can also record quantized activations.
+    detect(configs, infos) -> bool: whether a checkpoint is stored this way (by quant_method and tensor names).
+    refs(configs, infos) -> [WeightRef]: every quantized weight, checked: formats, group sizes, dtypes, shapes, missing tensors.
+    plan(ref) -> {tensor name: TensorInfo}: what ``write`` will return, known before any data is.
+    write(ref, q, *, expert=None, input_scale=None) -> {tensor name: Tensor}: the stored form of ``q``; with ``expert``, ``q`` is
+        that expert [N, K] of a fused weight and each tensor lacks the first dimension. No argument is changed.
+    read(ref, get, *, expert=None) -> QuantizedTensor: the exact inverse, canonical; one expert of a fused weight with ``expert``.
+    read_input_scale(ref, get, *, expert=None) -> Tensor | None: float32 multiplier [] or [E] of NVFP4 activations.
+    config(configs, refs, infos, *, activations=False) -> {file name: JSON}: new contents of the configuration files for an output
+        whose quantized weights are ``refs`` and whose tensors are ``infos``.
+    """
+
+    name: str
+    formats: tuple[Format, ...]
+    kinds: tuple[str, ...]
+    activations: tuple[Format, ...]
+    detect: Callable[[Configs, Infos], bool]
+    refs: Callable[[Configs, Infos], list[WeightRef]]
+    plan: Callable[[WeightRef], dict[str, TensorInfo]]
+    write: Callable[..., dict[str, Tensor]]
+    read: Callable[..., QuantizedTensor]
+    read_input_scale: Callable[..., Tensor | None]
+    config: Callable[..., dict[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a layout names the tensors of one weight, in place of "weight" at the end of the full-precision name.
+
+    ``divisor``: the stored global scale is 1 / multiplier. ``global_shape``: its shape for one matrix, (1,) or ().
+    ``fused(param, suffix)`` is the name of a fused parameter's tensor, such as ("gate_up_proj", "weight_scale").
+    """
+
+    data: str
+    scale: str
+    global_scale: str | None = None
+    input_scale: str | None = None
+    divisor: bool = False
+    global_shape: tuple[int, ...] = ()
+    fused: Callable[[str, str], str] = lambda param, suffix: suffix.replace("weight", param, 1)
+
+    def of(self, ref_name: str, suffix: str) -> str:
+        """The stored tensor's name for a weight's full-precision name."""
+        if ref_name.endswith(".weight"):
+            return ref_name[: -len("weight")] + suffix
+        head, _, param = ref_name.rpartition(".")
+        return f"{head}.{self.fused(param, suffix)}"
+
+
+def check_info(
+    infos: Infos, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None, why: str
+) -> Info:
+    """The stored tensor's info; ValueError if it is missing or its shape differs, TypeError if its dtype does."""
+    info = infos.get(name)
+    if info is None:
+        raise ValueError(f"{name} is missing: {why}; the checkpoint is incomplete or its config describes another one")
+    if info.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} is {str(info.dtype).removeprefix('torch.')}, needs {names}: {why}")
+    if shape is not None and tuple(info.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(info.shape)}, needs {tuple(shape)}: {why}")
+    return info
+
+
+def scale_dtypes(format: Format) -> tuple[torch.dtype, ...]:
+    """Dtypes in which a stored block scale of the format is accepted: E8M0 bytes may be typed as such."""
+    if format.scale == "e8m0":
+        return (torch.uint8, torch.float8_e8m0fnu)
+    return (torch.float8_e4m3fn,)
+
+
+def check_weight(
+    ref: WeightRef, q: QuantizedTensor, expert: int | None, formats: tuple[Format, ...], layout: str
+) -> None:
+    """Raise unless ``q`` is what ``ref`` says and holds no scale that a layout may not store (E8M0 255; E4M3 NaN or negative)."""
+    if q.format not in formats:
+        names = ", ".join(f.name for f in formats)
+        raise ValueError(f"layout {layout} cannot hold {q.format} ({ref.name}); it holds {names}")
+    if ref.format is not None and q.format is not ref.format:
+        raise ValueError(f"{ref.name} is {q.format}, but its reference says {ref.format}")
+    want = ref.shape if expert is None else ref.shape[1:]
+    if tuple(q.shape) != tuple(want):
+        part = "" if expert is None else f" (expert {expert})"
+        raise ValueError(f"{ref.name}{part} has shape {tuple(q.shape)}, needs {tuple(want)}")
+    check_scale(ref.name, q.scale)
+    if q.global_scale is not None:
+        check_global(f"the global scale of {ref.name}", q.global_scale, q.data)
+
+
+def check_scale(name: str, scale: Tensor) -> None:
+    """Raise ValueError where a block scale decodes to NaN (E8M0 byte 255, E4M3 0x7F) or is negative."""
+    if scale.is_meta or scale.numel() == 0:
+        return
+    codes = scale.view(torch.uint8)
+    limit = 0xFE if scale.dtype == torch.uint8 else 0x7E
+    if int(codes.max()) > limit:
+        bad = torch.nonzero(codes > limit)[0].tolist()
+        byte = int(codes[tuple(bad)])
+        raise ValueError(
+            f"block scale of {name} at index {tuple(bad)} is byte {byte:#04x} (not a positive finite number): "
+            f"the source had a NaN there, or the file is damaged; quantize this tensor again"
+        )
+
+
+def check_global(name: str, g: Tensor, data: Tensor | None = None) -> None:
+    """Raise ValueError unless every multiplier is finite and positive; zero is accepted only where all codes are zero."""
+    if g.is_meta:
+        return
+    bad = ~(torch.isfinite(g) & (g > 0))
+    if not bool(bad.any()):
+        return
+    if data is not None and bool((g[bad] == 0).all()):
+        codes = data.view(torch.uint8).expand_as(data) if g.ndim == 0 else data.view(torch.uint8)[bad]
+        if not bool((codes & 0x77).any()):
+            return
+    raise ValueError(
+        f"{name} is {float(g[bad].flatten()[0])}, needs a finite positive number: the checkpoint was saved without calibration or is "
+        f"damaged"
+    )
+
+
+def scale_bytes(scale: Tensor, format: Format) -> Tensor:
+    """A stored block scale as QuantizedTensor holds it (float8_e8m0fnu becomes its bytes)."""
+    return scale.view(torch.uint8) if format.scale == "e8m0" else scale
+
+
+def plan(ref: WeightRef, names: Names) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of the tensors that ``write`` makes of a weight."""
+    f = _format(ref)
+    lead, k = ref.shape[:-1], ref.shape[-1]
+    f.check_k(k, f"K of {ref.name}")
+    out = {
+        names.of(ref.name, names.data): TensorInfo(f.data_dtype, (*lead, f.data_width(k))),
+        names.of(ref.name, names.scale): TensorInfo(f.scale_dtype, (*lead, k // f.block)),
+    }
+    if names.global_scale is not None:
+        shape = names.global_shape if ref.experts is None else (ref.experts, *names.global_shape)
+        info = TensorInfo(torch.float32, shape)
+        out[names.of(ref.name, names.global_scale)] = info
+        if ref.input_scale is not None and names.input_scale is not None:
+            out[names.of(ref.name, names.input_scale)] = info
+    return out
+
+
+def write(
+    ref: WeightRef,
+    q: QuantizedTensor,
+    names: Names,
+    *,
+    expert: int | None = None,
+    input_scale: Tensor | None = None,  # [] or [E], a multiplier
+) -> dict[str, Tensor]:
+    """The stored tensors of a weight. Global scales are inverted where the layout stores divisors."""
+    data, scale = q.data, q.scale
+    if ref.interleaved:
+        data, scale = interleave(data, data.ndim - 2), interleave(scale, scale.ndim - 2)
+    out = {names.of(ref.name, names.data): data, names.of(ref.name, names.scale): scale}
+    if names.global_scale is not None:
+        g = q.global_scale
+        assert g is not None
+        lead = () if ref.experts is None or expert is not None else (ref.experts,)
+        out[names.of(ref.name, names.global_scale)] = _stored_global(g, lead, names)
+        if ref.input_scale is not None:
+            if input_scale is None:
+                raise ValueError(
+                    f"{ref.name} has quantized activations but no input_scale: calibrate one, or write weights only (W4A16)"
+                )
+            check_global(f"input_scale of {ref.name}", input_scale)
+            assert names.input_scale is not None
+            out[names.of(ref.name, names.input_scale)] = _stored_global(input_scale, lead, names)
+    return out
+
+
+def _stored_global(g: Tensor, lead: tuple[int, ...], names: Names) -> Tensor:
+    g = invert_global(g) if names.divisor else g.float()
+    shape = (*lead, *names.global_shape)
+    return g.reshape(*g.shape, *([1] * (len(shape) - g.ndim))).expand(shape).contiguous()
+
+
+def read(ref: WeightRef, get: Get, names: Names, *, expert: int | None = None) -> QuantizedTensor:
+    """The QuantizedTensor of a stored weight, or of one expert of a fused one. ValueError for NaN scales or bad globals."""
+    f = _format(ref)
+    data = get(names.of(ref.name, names.data), expert)
+    name = names.of(ref.name, names.scale)
+    scale = scale_bytes(get(name, expert), f)
+    check_scale(name, scale)
+    if ref.interleaved:
+        data, scale = deinterleave(data, data.ndim - 2), deinterleave(scale, scale.ndim - 2)
+    g = None
+    if names.global_scale is not None:
+        g = _read_global(ref, names.of(ref.name, names.global_scale), get, names, expert, data)
+    return QuantizedTensor(data, scale, f, ref.rule or f.default_rule, global_scale=g)
+
+
+def read_input_scale(ref: WeightRef, get: Get, names: Names, *, expert: int | None = None) -> Tensor | None:
+    """The float32 multiplier of NVFP4 activations, None for weight-only; ValueError where it is zero or not finite."""
+    if ref.input_scale is None:
+        return None
+    return _read_global(ref, ref.input_scale, get, names, expert, None)
+
+
+def _read_global(ref: WeightRef, name: str, get: Get, names: Names, expert: int | None, data: Tensor | None) -> Tensor:
+    stored = get(name)  # a few bytes: one per expert, or one for all
+    if stored.numel() == 1:
+        stored = stored.reshape(())
+        if ref.experts is not None and expert is None:
+            stored = stored.expand(ref.experts).contiguous()
+    elif ref.experts is not None and stored.numel() == ref.experts:
+        stored = stored.reshape(ref.experts)
+        stored = stored if expert is None else stored[expert]
+    else:
+        raise ValueError(
+            f"{name} has shape {tuple(stored.shape)}, needs one number" + (f" or {ref.experts}" if ref.experts else "")
+        )
+    if names.divisor:
+        check_global(name, stored)
+        return invert_global(stored)
+    check_global(name, stored, data)
+    return stored.float()
+
+
+def check_stored(ref: WeightRef, infos: Infos, names: Names, why: str) -> WeightRef:
+    """``ref`` with the names of its tensors, after checking that they are stored with the right dtypes and shapes."""
+    f = _format(ref)
+    found = list(plan(replace(ref, input_scale=None), names).items())
+    (data, data_info), (scale, scale_info) = found[:2]
+    check_info(infos, data, (data_info.dtype,), data_info.shape, why)
+    check_info(infos, scale, scale_dtypes(f), scale_info.shape, why)
+    tensors = [name for name, _ in found]
+    for name in (*tensors[2:], *([ref.input_scale] if ref.input_scale else ())):
+        info = check_info(infos, name, (torch.float32,), None, why)
+        if math.prod(info.shape) not in (1, ref.experts or 1):
+            raise ValueError(
+                f"{name} has shape {tuple(info.shape)}, needs {names.global_shape} (one global scale): {why}"
+            )
+    return replace(ref, tensors=(*tensors, *([ref.input_scale] if ref.input_scale else ())))
+
+
+def _format(ref: WeightRef) -> Format:
+    if ref.format is None:
+        raise ValueError(f"{ref.name} is in full precision: its reference names no format")
+    return ref.format
+
+
+def quantization_config(configs: Configs) -> Mapping[str, Any]:
+    """config.json's ``quantization_config`` (also inside ``text_config``), {} without one."""
+    config = configs.get("config.json", {})
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, Mapping) else None
+    )
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"quantization_config is {found!r}, needs an object")
+    return found
+
+
+def require(field: str, value: Any, known: Sequence[Any], where: str) -> None:
+    """Raise ValueError naming the field, its value and what is known, unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise ValueError(f"{where}: {field} is {value!r}; known: {', '.join(repr(k) for k in known)}")
+
+
+def with_quantization(configs: Configs, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with ``quantization_config`` replaced."""
+    config = {k: v for k, v in configs.get("config.json", {}).items() if k != "quantization_config"}
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and "quantization_config" in text:
+        config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+    return {**config, "quantization_config": dict(quantization)}
+
+
+def unquantized_modules(refs: Sequence[WeightRef], infos: Infos) -> list[str]:
+    """Modules with a matrix weight that stay in full precision, without embeddings and norms; always decides on "lm_head".
+
+    These are what readers must be told not to expect quantized. ``infos`` may hold full-precision or output tensors.
+    """
+    quantized = {r.module for r in refs}
+    owned = {t for r in refs for t in r.tensors}
+    out = []
+    for name, info in infos.items():
+        if not name.endswith(".weight") or len(info.shape) < 2 or name in owned:
+            continue
+        module = name.removesuffix(".weight")
+        if module in quantized or classify(name).kind in ("embedding", "norm"):
+            continue
+        out.append(module)
+    if not any(m.endswith("lm_head") or m == "unembedding" for m in (*out, *quantized)):
+        out.append("lm_head")
+    return sorted(set(out))

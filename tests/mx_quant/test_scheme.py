@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 
-import mx_kernels as mk
-import mx_quant as mq
 import pytest
 import torch
+
+import mx_kernels as mk
+import mx_quant as mq
 
 
 @pytest.mark.parametrize(("name", "scheme"), mq.SCHEMES.items())

@@ -1,6 +1,20 @@
 """Quantization methods and checkpoints. See the package's README."""
 
 from .checks import check_finite, joint_global_scale, quantize_finite
+from .experts import ExpertBuilder, ExpertWeights, deinterleave, interleave, quantize_experts
+from .linear import (
+    LinearMethod,
+    Mxfp4LinearMethod,
+    Mxfp4OnlineLinearMethod,
+    Mxfp6OnlineLinearMethod,
+    Mxfp8LinearMethod,
+    Mxfp8OnlineLinearMethod,
+    MxLinear,
+    Nvfp4LinearMethod,
+    Nvfp4OnlineLinearMethod,
+    OfflineLinearMethod,
+    OnlineLinearMethod,
+)
 from .scheme import (
     NVFP4_W4A4,
     NVFP4_W4A16,
@@ -18,20 +32,36 @@ from .scheme import (
 )
 
 __all__ = [
-    "NVFP4_W4A4",
     "NVFP4_W4A16",
+    "NVFP4_W4A4",
     "SCHEMES",
+    "W4A16",
     "W4A4",
     "W4A8",
-    "W4A16",
+    "W6A16",
     "W6A6",
     "W6A8",
-    "W6A16",
-    "W8A8",
     "W8A16",
+    "W8A8",
+    "ExpertBuilder",
+    "ExpertWeights",
+    "LinearMethod",
+    "MxLinear",
+    "Mxfp4LinearMethod",
+    "Mxfp4OnlineLinearMethod",
+    "Mxfp6OnlineLinearMethod",
+    "Mxfp8LinearMethod",
+    "Mxfp8OnlineLinearMethod",
+    "Nvfp4LinearMethod",
+    "Nvfp4OnlineLinearMethod",
+    "OfflineLinearMethod",
+    "OnlineLinearMethod",
     "Scheme",
     "check_finite",
+    "deinterleave",
     "get_scheme",
+    "interleave",
     "joint_global_scale",
+    "quantize_experts",
     "quantize_finite",
 ]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import mx_kernels as mk
 import torch
-from mx_kernels import Format, QuantizedTensor, ScaleRule
 from torch import Tensor
+
+import mx_kernels as mk
+from mx_kernels import Format, QuantizedTensor, ScaleRule
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -77,10 +78,10 @@ def joint_global_scale(parts: Iterable[tuple[str, Tensor]]) -> Tensor:
         if not torch.isfinite(amax):
             check_finite(name, x)
         largest = amax if largest is None else torch.maximum(largest, amax)
+        del x  # before the next one is made
     if largest is None:
         raise ValueError("no tensors to share a global scale: pass at least one (name, tensor)")
-    g = largest / 2688.0  # 6 * 448: the largest magnitude becomes the largest element under the largest block scale
-    return torch.where(g > 0, g, torch.ones_like(g))
+    return mk.compute_global_scale(largest.reshape(1, 1))
 
 
 def quantize_finite(
@@ -95,22 +96,19 @@ def quantize_finite(
     """``mx_kernels.quantize`` of a weight ``x`` [..., N, K] (any strides), refusing one that is not finite.
 
     Raises what ``check_matrix`` and ``check_finite`` raise. MX formats are checked on their scale bytes, a 32nd of the
-    weights, which are searched only to name the culprit; NVFP4 is checked on its global scale, or value by value where one is
-    given, unless ``checked`` says that ``joint_global_scale`` has seen this tensor.
+    weights, which are searched only to name the culprit; NVFP4 is checked by the pass that finds its global scale, or by
+    one of its own where a scale is given, unless ``checked`` says that ``joint_global_scale`` has seen this tensor.
     """
     check_matrix(name, x, format)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    if format.has_global_scale and global_scale is None:
-        q = mk.quantize(x, format, rule=rule)
-        suspect = q.global_scale is not None and not bool(torch.isfinite(q.global_scale).all())
-    elif format.has_global_scale:
-        if not checked:
+    if format.has_global_scale:
+        if global_scale is None and x.ndim == 2:
+            global_scale = joint_global_scale([(name, x)])  # its pass over x checks too
+        elif global_scale is None or not checked:
             check_finite(name, x)
-        q, suspect = mk.quantize(x, format, rule=rule, global_scale=global_scale), False
-    else:
-        q = mk.quantize(x, format, rule=rule, global_scale=global_scale)
-        suspect = q.scale.numel() > 0 and int(q.scale.max()) >= _FIRST_NONFINITE_E8M0
-    if suspect:
+        return mk.quantize(x, format, rule=rule, global_scale=global_scale)
+    q = mk.quantize(x, format, rule=rule, global_scale=global_scale)
+    if q.scale.numel() and int(q.scale.max()) >= _FIRST_NONFINITE_E8M0:
         check_finite(name, x)
     return q

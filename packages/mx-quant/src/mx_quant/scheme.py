@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mx_kernels as mk
-import torch
-from mx_kernels import Format, QuantizedTensor, ScaleRule
 from torch import Tensor
+
+import mx_kernels as mk
+from mx_kernels import Format, QuantizedTensor, ScaleRule
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Scheme:
             return x
         if self.activation.has_global_scale and x.ndim > 2 and global_scale is None:
             # one scale for the whole batch, as for [T, K]: [B, T, K] and [B * T, K] give the same result
-            largest = x.abs().amax().float() / 2688.0 if x.numel() else x.new_ones((), dtype=torch.float32)
-            global_scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+            global_scale = mk.compute_global_scale(x.reshape(-1, x.shape[-1]))
         return mk.quantize(x, self.activation, global_scale=global_scale)
 
     def to_dict(self) -> dict[str, str | None]:

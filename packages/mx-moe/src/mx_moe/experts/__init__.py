@@ -1,0 +1,1 @@
+"""Classes of experts: native, fused, emulation, reference, and those of the re-created systems by name."""

@@ -1,0 +1,99 @@
+"""Emulation: the weights of the experts that were hit are dequantized first, then a plain grouped GEMM runs. Any device.
+
+Experts that no token goes to are never dequantized. On an accelerator the host does not wait for the routing, so min(E, P)
+rows are dequantized; those left over repeat an expert that was hit. Slower than a native or fused path, which it says once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import mx_kernels as mk
+from mx_kernels import QuantizedTensor
+from mx_quant import ExpertWeights
+
+from ..routing import Routing
+from .base import ExpertsBase, Weights, warn_once
+from .problem import Capability
+
+
+class EmulationExperts(ExpertsBase):
+    """Dequantized weights x inputs in 16 bits (or quantized and dequantized)."""
+
+    name = "emulation"
+    capability = Capability()
+
+    def _bind(self, weights: ExpertWeights) -> None:
+        super()._bind(weights)
+        w = weights.w13
+        if isinstance(w, QuantizedTensor):
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.choice.rejected) or "asked for by name"
+            warn_once(
+                f"emulation on {self.device.type}",
+                "emulated experts dequantize their weights in every forward, which is slower than a native or fused path "
+                f"({why})",
+            )
+
+    def _operands(self, routing: Routing, dtype: torch.dtype) -> Weights:
+        w = self._weights
+        if not isinstance(w.w13, QuantizedTensor) and not isinstance(w.w2, QuantizedTensor):
+            return super()._operands(routing, dtype)
+        rows, table = hit_experts(routing.ids, self.num_experts, self.expert_map)
+
+        def bias(b: Tensor | None) -> Tensor | None:
+            return None if b is None else b[rows]
+
+        return Weights(
+            lambda: _plain(w.w13, rows, dtype),
+            lambda: _plain(w.w2, rows, dtype),
+            rows.shape[0],
+            bias(w.w13_bias),
+            bias(w.w2_bias),
+            table,
+        )
+
+
+def _plain(w: Tensor | QuantizedTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:  # [E, N, K] -> [R, N, K]
+    """Experts ``rows`` in ``dtype``: a dequantized value is rounded to it once, from float32."""
+    if not isinstance(w, QuantizedTensor):
+        return w[rows]
+    return mk.dequantize(w.map(lambda t: _select(t, rows)), dtype)
+
+
+def _select(t: Tensor, rows: Tensor) -> Tensor:
+    """Rows of dimension 0, as bytes: FP8 has no index_select on every device."""
+    return t.view(torch.uint8).index_select(0, rows).view(t.dtype) if t.element_size() == 1 else t.index_select(0, rows)
+
+
+def hit_experts(
+    ids: Tensor,  # [T, k]
+    num_experts: int,
+    expert_map: Tensor | None,  # [E_global]
+) -> tuple[Tensor, Tensor]:
+    """(rows [R] int64: experts that a pair goes to, each once; table [E_global] int32: id -> place in ``rows``, else -1).
+
+    On the CPU R is their number (one, if there is none). While tracing and on accelerators the host knows no values: R is
+    min(E, T * k), and places past the last hit expert repeat the first.
+    """
+    device, total = ids.device, num_experts if expert_map is None else expert_map.shape[0]
+    flat = ids.flatten().long()
+    flat = torch.where((flat >= 0) & (flat < total), flat, total)
+    seen = torch.zeros(total + 1, dtype=torch.bool, device=device).index_fill(0, flat, True)[:total]
+    if expert_map is None:
+        hit = seen
+    else:
+        local = torch.where(seen & (expert_map >= 0), expert_map.long(), num_experts)
+        hit = torch.zeros(num_experts + 1, dtype=torch.bool, device=device).index_fill(0, local, True)[:num_experts]
+    place = torch.where(hit, hit.cumsum(0) - 1, -1).to(torch.int32)
+    if expert_map is None:
+        table = place
+    else:
+        table = torch.where(expert_map >= 0, place[expert_map.clamp(min=0).long()], -1)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = hit.nonzero().flatten()
+        return (rows if rows.numel() else rows.new_zeros(1)), table
+    order = torch.argsort(hit.to(torch.int8), descending=True, stable=True)
+    capacity = max(1, min(num_experts, ids.numel()))
+    slot = torch.arange(capacity, device=device)
+    return order[torch.where(slot < hit.sum(), slot, 0)], table

@@ -1,0 +1,81 @@
+"""Fused experts: weights stay quantized in memory and are upcast in the registers of the GEMM, exactly.
+
+Inputs stay in 16 bits, or are quantized and dequantized again where the scheme asks for it. At construction the weights are
+put into the kernels' private order (``mx_kernels.pack``, invertible); the canonical tensors are released with the last
+reference to them, and ``weights`` makes them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import mx_kernels as mk
+import mx_quant as mq
+from mx_kernels import QuantizedTensor
+from mx_quant import ExpertWeights
+
+from ..routing import Routing
+from .base import ExpertsBase, Weights, triton_reason
+from .problem import Capability, Problem
+
+
+class FusedExperts(ExpertsBase):
+    """16-bit (or quantized and dequantized) inputs x weights upcast in registers."""
+
+    name = "fused"
+    capability = Capability(dtypes=(torch.bfloat16, torch.float16))
+    pair_dtype = None
+
+    @classmethod
+    def why_not(cls, device: mk.Device, problem: Problem) -> str | None:
+        """Needs an accelerator with Triton and its 16-bit matrix instructions."""
+        reason = triton_reason(device, "fused upcasts weights in the registers of a Triton kernel")
+        if reason is not None:
+            return reason
+        if problem.dtype == torch.bfloat16 and not device.arch.bf16:
+            return f"{device} has no bfloat16 matrix instructions: use float16"
+        return cls.capability.why_not(problem)
+
+    def _bind(self, weights: ExpertWeights) -> None:
+        if self.activation.layout == "interleaved":  # the packing brings gate and up together by itself
+            weights = replace(
+                weights,
+                w13=_concatenated(weights.w13),
+                w13_bias=None if weights.w13_bias is None else mq.deinterleave(weights.w13_bias, 1),
+            )
+            self.activation = replace(self.activation, layout="concatenated")
+        self._w13 = mk.pack(weights.w13, gated=self.activation.gated)
+        self._w2 = mk.pack(weights.w2)
+        self._w13_bias, self._w2_bias = weights.w13_bias, weights.w2_bias
+        self._input_format_and_scales = weights.input_format, weights.w13_input_scale, weights.w2_input_scale
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The canonical weights, made again from the packing (a copy)."""
+        return ExpertWeights(
+            self._w13.unpack(),
+            self._w2.unpack(),
+            self._w13_bias,
+            self._w2_bias,
+            *self._input_format_and_scales,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, padding included."""
+        return int(self._w13.nbytes + self._w2.nbytes)
+
+    def _operands(self, routing: Routing, dtype: torch.dtype) -> Weights:
+        return Weights(
+            lambda: self._w13, lambda: self._w2, self.num_experts, self._w13_bias, self._w2_bias, self.expert_map
+        )
+
+
+def _concatenated(w: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:  # [E, 2I, H]
+    """Interleaved gate and up rows as two halves."""
+    if isinstance(w, QuantizedTensor):
+        return w.map(lambda t: mq.deinterleave(t, 1) if t.ndim > 1 else t)
+    return mq.deinterleave(w, 1)

@@ -33,9 +33,15 @@ from .layouts import (
     unswizzle_hopper,
 )
 from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
+from .rebase import REBASED_FORMATS, RebasedWeight, grouped_gemm_rebased, rebase, rebase_rows
 from .tensor import QuantizedTensor
 
 __all__ = [
+    "rebase_rows",
+    "rebase",
+    "grouped_gemm_rebased",
+    "RebasedWeight",
+    "REBASED_FORMATS",
     "ARCHITECTURES",
     "FORMATS",
     "MXFP4",

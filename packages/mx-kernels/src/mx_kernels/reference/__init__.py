@@ -19,8 +19,14 @@ from .quantize import (
     quantize_codes,
     quantize_dequantize,
 )
+from .rebase import concatenated_rows, gate_up_rows, grouped_gemm_rebased, rebase_rows, rebased
 
 __all__ = [
+    "rebased",
+    "rebase_rows",
+    "grouped_gemm_rebased",
+    "gate_up_rows",
+    "concatenated_rows",
     "GLOBAL_MAX",
     "GLOBAL_MIN",
     "activate",

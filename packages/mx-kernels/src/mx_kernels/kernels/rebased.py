@@ -1,0 +1,203 @@
+"""Re-based MXFP8 on FP8 tensor cores that know no block scales (Hopper): one power of two per row instead of one per 32.
+
+    y[p, n] = x_scale[p] * w_scale[e, n] * sum_k x[p, k] * w[e, n, k]        x [R, K], w [E, N, K] float8_e4m3fn
+
+``rebase_rows`` makes x: MXFP8 (RCEIL) per 32, then each code times 2^(block exponent - row exponent), rounded to E4M3 again;
+only codes that become subnormal or vanish can change. Rows lie in the order of the tile list (row r of tile r // BM), so both
+operands arrive by TMA. Weight rows of a gated layer come as [8 gate | 8 up] per 16: both halves of a pair meet in one thread.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def _load_blocks(x, start, K: tl.constexpr, WIDTH: tl.constexpr):
+    """Blocks of 32 from ``start`` on: values [WIDTH/32, 32], amax bits and RCEIL scale bytes [WIDTH/32]."""
+    k = start + tl.arange(0, WIDTH // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    e = (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x600000).to(tl.int32)
+    return v, amax, tl.where(amax >= 0x7F800000, 254, tl.maximum(e, 0))
+
+
+@triton.jit
+def _store_blocks(out, start, v, e, top, K: tl.constexpr, WIDTH: tl.constexpr):
+    """MXFP8 codes of the blocks, then folded by 2^(e - top)."""
+    k = start + tl.arange(0, WIDTH // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    inverse = tl.maximum(254 - e, 1)  # 2^(127 - e): e = 254 needs 2^-127, which is 2^-126 / 2
+    q = v * (inverse << 23).to(tl.float32, bitcast=True)[:, None]
+    q = tl.where((e == 254)[:, None], q * 0.5, q)
+    q = tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv).to(tl.float32)
+    q = q * (tl.maximum(127 + e - top, 0) << 23).to(tl.float32, bitcast=True)[:, None]
+    tl.store(out + k, q.to(tl.float8e4nv), mask=k < K)
+
+
+@triton.jit
+def _rebase_rows_kernel(
+    x, x_stride, out, scale, rows, num_rows, n_pairs, top_k,
+    K: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    if r >= tl.load(num_rows):
+        return
+    pair = tl.load(rows + r)
+    if pair >= n_pairs:
+        return
+    source = r
+    if GATHER:
+        source = (pair // top_k).to(tl.int64)
+    x += source * x_stride
+    v, amax, e = _load_blocks(x, 0, K, FIRST)
+    largest, top = tl.max(amax, 0), tl.max(e, 0)
+    if REST > 0:
+        v2, amax2, e2 = _load_blocks(x, FIRST, K, REST)
+        largest, top = tl.maximum(largest, tl.max(amax2, 0)), tl.maximum(top, tl.max(e2, 0))
+        _store_blocks(out + r * K, FIRST, v2, e2, top, K, REST)
+    _store_blocks(out + r * K, 0, v, e, top, K, FIRST)
+    s = (tl.maximum(top, 1) << 23).to(tl.float32, bitcast=True)
+    s = tl.where(top == 0, s * 0.5, s)  # 2^-127
+    tl.store(scale + r, tl.where(largest > 0x7F800000, float("nan"), s))
+
+
+def rebase_rows(
+    x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> codes uint8 [capacity, K] and scales float32 [capacity]; the op's arguments."""
+    k, slots = x.shape[1], sorted_ids.shape[0]
+    out = torch.empty(slots, k, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(slots, dtype=torch.float32, device=x.device)
+    if slots and k:
+        first, rest = _split(k)
+        warps = 4 if first <= 2048 else 8 if first <= 8192 else 16
+        _rebase_rows_kernel[(slots,)](
+            x, x.stride(0), out.view(torch.float8_e4m3fn), scale, sorted_ids, num_padded, num_pairs, top_k, k, first, rest, gather,
+            num_warps=warps,
+        )  # fmt: skip
+    return out, scale
+
+
+def _split(k: int) -> tuple[int, int]:
+    """K as two powers of two that cover it with less waste than one (2880: 2048 + 1024)."""
+    one = triton.next_power_of_2(k)
+    rest = max(32, triton.next_power_of_2(k - one // 2)) if k > one // 2 >= 32 else one
+    return (one, 0) if rest > one // 4 or one == k else (one // 2, rest)
+
+
+@triton.jit
+def _tile_of(pid, m_tiles, n_tiles, GROUP: tl.constexpr):
+    """Tiles in groups of GROUP token tiles, token tile fastest: a wave of programs shares few rows of both operands."""
+    per_group = GROUP * n_tiles
+    first = (pid // per_group) * GROUP
+    size = tl.maximum(tl.minimum(m_tiles - first, GROUP), 1)
+    inside = pid % per_group
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def _grouped_gemm_rebased_kernel(
+    x_desc, w_desc, x_scale, w_scale, y, y_stride, sorted_ids, expert_ids, num_padded, bias, row_weight,
+    n_pairs, N, N_OUT, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    m_tiles = tl.load(num_padded) // BM
+    n_tiles = tl.cdiv(N, BN)
+    tile, pid_n = _tile_of(tl.program_id(0), m_tiles, n_tiles, GROUP)
+    if (tile >= m_tiles) | (pid_n >= n_tiles):
+        return
+    expert = tl.load(expert_ids + tile)
+    steps = tl.cdiv(K, BK)
+    tl.assume(steps > 0)
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
+    for step in range(steps):
+        xt = x_desc.load([tile * BM, step * BK])
+        wt = w_desc.load([expert * N + pid_n * BN, step * BK])
+        if SWAP:
+            if PROMOTE:
+                acc = tl.dot(wt, xt.T, acc, max_num_imprecise_acc=BK)
+            else:
+                acc = tl.dot(wt, xt.T, acc)
+        else:
+            if PROMOTE:
+                acc = tl.dot(xt, wt.T, acc, max_num_imprecise_acc=BK)
+            else:
+                acc = tl.dot(xt, wt.T, acc)
+    if SWAP:
+        acc = acc.trans()
+    m = tl.arange(0, BM)
+    n = pid_n * BN + tl.arange(0, BN)
+    row = tile.to(tl.int64) * BM + m
+    pair = tl.load(sorted_ids + row)
+    live = pair < n_pairs
+    ws = tl.load(w_scale + expert.to(tl.int64) * N + n, mask=n < N, other=0.0)
+    xs = tl.load(x_scale + row, mask=live, other=0.0)
+    acc = acc * xs[:, None] * ws[None, :]
+    if BIAS:
+        acc += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = tl.split(acc.reshape(BM, BN // 16, 2, 8).permute(0, 1, 3, 2))
+        gate = gate.reshape(BM, BN // 2)
+        up = up.reshape(BM, BN // 2)
+        if float("inf") > LIMIT:
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        if KIND == "swiglu_oai":
+            acc = gate * tl.sigmoid(ALPHA * gate) * (up + BETA)
+        else:
+            acc = gate * tl.sigmoid(gate) * up
+        n = pid_n * (BN // 2) + tl.arange(0, BN // 2)
+    if WEIGHTED:
+        acc = acc * tl.load(row_weight + pair, mask=live, other=0.0)[:, None]
+    target = pair.to(tl.int64) if SCATTER else row
+    tl.store(
+        y + target[:, None] * y_stride + n[None, :],
+        acc.to(y.dtype.element_ty),
+        mask=live[:, None] & (n < N_OUT)[None, :],
+    )
+
+
+def tile_config(block_m: int, n: int, promote: bool) -> dict[str, int | bool]:
+    """Tile of weight rows, warps and stages for a block of ``block_m`` tokens, as measured on an H200 (docs/performance.md)."""
+    if block_m >= 128:
+        return {"BN": 128 if promote else 256, "num_warps": 8, "num_stages": 4, "SWAP": False}
+    if block_m == 64:
+        return {"BN": 128 if promote or n < 4096 else 256, "num_warps": 4, "num_stages": 4, "SWAP": False}
+    return {"BN": 128, "num_warps": 4, "num_stages": 5, "SWAP": True}
+
+
+def grouped_gemm_rebased(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, sorted_ids: Tensor, expert_ids: Tensor, num_padded: Tensor,
+    block_m: int, num_pairs: int, *, bias: Tensor | None = None, row_weight: Tensor | None = None, scatter: bool = False,
+    activation: str = "", alpha: float = 0.0, beta: float = 0.0, limit: float = math.inf, promote: bool = True,
+    out_dtype: torch.dtype = torch.bfloat16, config: dict | None = None,
+) -> Tensor:  # fmt: skip
+    """x bytes of E4M3 [capacity, K] in tile order, w [E, N, K] -> [capacity, N_out] in tile order, or [num_pairs, N_out] if ``scatter``."""
+    experts, n, k = w.shape
+    n_out = n // 2 if activation else n
+    y = torch.empty(num_pairs if scatter else x.shape[0], n_out, dtype=out_dtype, device=x.device)
+    tiles = x.shape[0] // block_m
+    if tiles == 0 or y.numel() == 0:
+        return y
+    fp8 = torch.float8_e4m3fn
+    c = {**tile_config(block_m, n, promote), **(config or {})}
+    bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
+    groups = triton.cdiv(tiles, group)
+    grid = (groups * group * triton.cdiv(n, bn),)
+    _grouped_gemm_rebased_kernel[grid](
+        TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk]),
+        x_scale, w_scale, y, n_out, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
+        row_weight if row_weight is not None else y, num_pairs, n, n_out, k,
+        BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, BIAS=bias is not None,
+        WEIGHTED=row_weight is not None, SCATTER=scatter, GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta,
+        LIMIT=limit, **c,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,237 @@
+"""Re-based W8A8 and W4A8: MXFP8 speed on FP8 matrix units that know no block scales (sm89, sm90). Opt-in, and it says how exact it is.
+
+Weights: the block exponents of a row are folded into its codes once, at load (``rebase``). Activations: MXFP8 per 32, then folded
+per token (``rebase_rows``). Both are plain float8_e4m3fn with one power of two per row, multiplied by ``grouped_gemm_rebased``.
+
+The result differs from exact MXFP8 x MXFP8 where codes became subnormal (``RebasedWeight.changed``), and by the accumulator of
+the matrix unit: Hopper's FP8 sums keep fewer bits than float32; ``promote=True`` adds them up in float32 every 128 along K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .alignment import Alignment
+from .dispatch import check_float, check_last_stride, direct, flat_activation, whole_activation
+from .epilogue import Epilogue
+from .formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, Format
+from .reference import rebase as reference
+from .reference.elements import decode, unpack_codes
+from .tensor import QuantizedTensor
+
+REBASED_FORMATS = (MXFP8, MXFP6_E2M3, MXFP6_E3M2, MXFP4)
+REBASED_ACTIVATIONS = ("silu", "swiglu_oai")
+
+
+@dataclass(frozen=True, eq=False)
+class RebasedWeight:
+    """``w[e, n, k] ~ data[e, n, k] * scale[e, n]``; rows lie [8 gate | 8 up] per 16 where ``gated``.
+
+    data: float8_e4m3fn [E, N, K]. scale: float32 [E, N], powers of two. format: what it was made from.
+    changed: share of the non-zero weights whose value changed. error: their relative error in the Frobenius norm.
+    """
+
+    data: Tensor
+    scale: Tensor
+    format: Format
+    gated: bool
+    changed: float
+    error: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """[E, N, K]."""
+        return self.data.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.data.nbytes + self.scale.nbytes
+
+
+def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
+    """Fold the block scales of each row of ``w`` [E, N, K] into its codes. Copies; one expert at a time; waits for the device.
+
+    Raises ValueError for a format that E4M3 cannot hold (NVFP4 and E5M2), a shape that is not [E, N, K], N not a multiple of 16
+    where ``gated``, and NaN scales.
+    """
+    if w.format not in REBASED_FORMATS:
+        names = ", ".join(f.name for f in REBASED_FORMATS)
+        raise ValueError(
+            f"{w.format} cannot be re-based: its values times their block scales are no E4M3 values; {names} can"
+        )
+    if w.ndim != 3:
+        raise ValueError(f"w has shape {tuple(w.shape)}, needs [E, N, K]")
+    if gated and w.shape[1] % 16:
+        raise ValueError(f"a gated weight needs N to be a multiple of 16, got {w.shape[1]}")
+    if bool((w.scale == 255).any()):
+        raise ValueError("w has NaN block scales (255): they cannot be re-based; mend or quantize the weight again")
+    data = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    scale = torch.empty(w.shape[:2], dtype=torch.float32, device=w.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=w.device)
+    for e in range(w.shape[0]):
+        codes = unpack_codes(w.data[e], w.format)
+        data[e], scale[e] = reference.rebased(codes, w.scale[e], w.format.element)
+        now = decode(data[e], MXFP8.element)
+        lift = torch.exp2(w.scale[e].float() - w.scale[e].amax(-1, keepdim=True).float())
+        want = (
+            decode(codes, w.format.element)
+            * lift.repeat_interleave(32, -1)
+            * 2.0 ** reference.octaves_of_room(w.format.element)
+        )
+        row = scale[e].double()[:, None]
+        sums += torch.stack([
+            (now != want).sum().double(), (want != 0).sum().double(),
+            (((now - want).double() * row) ** 2).sum(), ((want.double() * row) ** 2).sum(),
+        ])  # fmt: skip
+    changed, nonzero, wrong, total = sums.tolist()
+    if gated:
+        data, scale = reference.gate_up_rows(data), reference.gate_up_rows(scale)
+    return RebasedWeight(
+        data.view(torch.float8_e4m3fn),
+        scale,
+        w.format,
+        gated,
+        changed / max(nonzero, 1),
+        (wrong / total) ** 0.5 if total else 0.0,
+    )
+
+
+@torch.library.custom_op("mx_kernels::rebase_rows", mutates_args=())
+def _rebase_rows(
+    x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
+) -> tuple[Tensor, Tensor]:
+    return reference.rebase_rows(x, sorted_ids, num_padded, num_pairs, top_k, gather)
+
+
+@_rebase_rows.register_kernel(("cuda", "xpu"))
+def _rebase_rows_kernel(
+    x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
+) -> tuple[Tensor, Tensor]:
+    from .kernels import rebased as kernels
+
+    return kernels.rebase_rows(x, sorted_ids, num_padded, num_pairs, top_k, gather)
+
+
+@_rebase_rows.register_fake
+def _(
+    x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
+) -> tuple[Tensor, Tensor]:
+    rows = sorted_ids.shape[0]
+    return x.new_empty((rows, x.shape[1]), dtype=torch.uint8), x.new_empty(rows, dtype=torch.float32)
+
+
+def rebase_rows(x: Tensor, tiles: Alignment, *, top_k: int = 1, gather: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize activations to MXFP8 (RCEIL) and re-base them, one scale a row, into the order of the tile list.
+
+    x: [M, K] bf16, fp16 or fp32; K a multiple of 32. ``gather``: row r of the result is row ``tiles.sorted_ids[r] // top_k`` of x;
+    else x lies in tile order already, [capacity, K]. Returns codes float8_e4m3fn [capacity, K] and scales float32 [capacity];
+    rows that hold no pair are undefined on a GPU. Raises TypeError and ValueError.
+    """
+    check_float(x, "x")
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, needs [M, K]")
+    MXFP8.check_k(x.shape[1], "K of x")
+    check_last_stride(x, "x")
+    if tiles.sorted_ids is None:
+        raise ValueError("the tile list is not sorted: align with a block size for which moe_align_block_size sorts")
+    if not gather and x.shape[0] != tiles.sorted_ids.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]})")
+    if gather and x.shape[0] * top_k != tiles.num_pairs:
+        raise ValueError(
+            f"x has {x.shape[0]} rows and top_k is {top_k}, but the tile list holds {tiles.num_pairs} pairs"
+        )
+    call = _rebase_rows_kernel if direct(x, tiles.sorted_ids) else _rebase_rows
+    data, scale = call(x, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, top_k, gather)
+    return data.view(torch.float8_e4m3fn), scale
+
+
+_SCHEMA = (
+    "(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ids, Tensor sorted_ids, Tensor expert_ids, Tensor num_padded,"
+    " int block_size, Tensor? bias, str act, float alpha, float beta, float limit, Tensor? row_weight, bool scatter, bool promote,"
+    " ScalarType out_dtype) -> Tensor"
+)
+
+
+@torch.library.custom_op("mx_kernels::grouped_gemm_rebased", mutates_args=(), schema=_SCHEMA)
+def _grouped_gemm_rebased(  # type: ignore[no-untyped-def]
+    x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight, scatter,
+    promote, out_dtype,
+):  # fmt: skip
+    tiles = Alignment(ids, w.shape[0], block_size, sorted_ids, expert_ids, num_padded)
+    bias = reference.concatenated_rows(bias) if bias is not None and act else bias
+    epilogue = Epilogue(bias, whole_activation(act, "concatenated", True, alpha, beta, limit), row_weight)
+    return reference.grouped_gemm_rebased(x, x_scale, w, w_scale, tiles, epilogue, scatter, out_dtype)
+
+
+@_grouped_gemm_rebased.register_kernel(("cuda", "xpu"))
+def _grouped_gemm_rebased_kernel(  # type: ignore[no-untyped-def]
+    x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight, scatter,
+    promote, out_dtype,
+):  # fmt: skip
+    from .kernels import rebased as kernels
+
+    return kernels.grouped_gemm_rebased(
+        x, x_scale, w, w_scale, sorted_ids, expert_ids, num_padded, block_size, ids.numel(), bias=bias, row_weight=row_weight,
+        scatter=scatter, activation=act, alpha=alpha, beta=beta, limit=limit, promote=promote, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+@_grouped_gemm_rebased.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight, scatter,
+    promote, out_dtype,
+):  # fmt: skip
+    width = w.shape[1] // 2 if act else w.shape[1]
+    return x.new_empty((ids.numel() if scatter else x.shape[0], width), dtype=out_dtype)
+
+
+def grouped_gemm_rebased(
+    x: tuple[Tensor, Tensor],  # [capacity, K], [capacity]
+    w: RebasedWeight,  # [E, N, K]
+    tiles: Alignment,
+    *,
+    epilogue: Epilogue | None = None,
+    scatter: bool = False,
+    promote: bool = True,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # [capacity, N_out] or [P, N_out]
+    """``grouped_gemm`` on what ``rebase_rows`` and ``rebase`` return.
+
+    Row r of the result belongs to slot r of the tile list; with ``scatter``, row p to pair p. Rows without a pair are zero from the
+    reference and undefined on a GPU. Epilogue: bias [E, N], a gated "silu" or "swiglu_oai" (exactly where ``w.gated``), row weight.
+    promote: sum in float32 every 128 along K instead of in the matrix unit's accumulator; the reference always does.
+    Raises ValueError for shapes, and for an epilogue that it does not have.
+    """
+    epilogue = epilogue or Epilogue()
+    data, scale = x
+    act = epilogue.activation
+    if (act is not None) != w.gated:
+        raise ValueError(f"the weight was re-based with gated={w.gated}, but the epilogue's activation is {act}")
+    if act is not None and (act.kind not in REBASED_ACTIVATIONS or not act.gated or act.layout != "concatenated"):
+        raise ValueError(
+            f"the re-based product fuses gated, concatenated {' or '.join(REBASED_ACTIVATIONS)}; got {act}"
+        )
+    if epilogue.requantize_to is not None:
+        raise ValueError("the re-based product does not requantize: call rebase_rows on its result")
+    if tiles.sorted_ids is None or data.shape[0] != tiles.sorted_ids.shape[0] or data.shape[1] != w.shape[2]:
+        slots = None if tiles.sorted_ids is None else tiles.sorted_ids.shape[0]
+        raise ValueError(f"x is {tuple(data.shape)}, but the tile list has {slots} slots and w is {tuple(w.shape)}")
+    if tiles.num_experts != w.shape[0]:
+        raise ValueError(f"the tile list is for {tiles.num_experts} experts, w has {w.shape[0]}")
+    bias = epilogue.bias
+    if bias is not None:
+        if tuple(bias.shape) != tuple(w.shape[:2]):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, needs [E, N] = {tuple(w.shape[:2])}")
+        bias = reference.gate_up_rows(bias) if w.gated else bias
+    kind, _, _, alpha, beta, limit = flat_activation(act)
+    weight = None if epilogue.row_weight is None else epilogue.row_weight.reshape(-1)
+    call = _grouped_gemm_rebased_kernel if direct(data, w.data) else _grouped_gemm_rebased
+    result: Tensor = call(
+        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
+        tiles.num_padded, tiles.block_size, bias, kind, alpha, beta, limit, weight, scatter, promote, out_dtype,
+    )  # fmt: skip
+    return result

@@ -1,0 +1,100 @@
+"""Re-based MXFP8 in plain PyTorch: one power of two per row in place of one per 32 elements.
+
+    MXFP8:     x[k] ~ q[k] * 2^(e[k // 32] - 127)                 q E4M3
+    re-based:  x[k] ~ r[k] * 2^(top - 127),  r[k] = e4m3(q[k] * 2^(e[k // 32] - top)),  top = max over the row of e
+
+A code changes only where ``q * 2^(e - top)`` is below E4M3's smallest normal, 2^-6. Products of re-based rows need no block
+scales, so FP8 matrix units take them (DESIGN: decision 12 in docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..alignment import Alignment
+from ..epilogue import Epilogue
+from ..formats import E4M3, MXFP8, Element
+from .elements import decode, encode, scale_to_float, unpack_codes
+from .gemm import grouped_gemm
+from .quantize import quantize
+
+
+def octaves_of_room(element: Element) -> int:
+    """How often the element's largest value can be doubled within E4M3."""
+    return math.floor(math.log2(E4M3.max / element.max))
+
+
+def rebased(codes: Tensor, scale: Tensor, element: Element) -> tuple[Tensor, Tensor]:
+    """Codes [..., K] and E8M0 bytes [..., K/32] -> E4M3 codes [..., K] (uint8) and float32 scales [...].
+
+    Elements with less range than E4M3 use all of it: E2M1's 6 becomes 6 * 2^6, so 14 octaves of block scales are exact.
+    A row with a NaN scale (255) gets the scale NaN.
+    """
+    lift = octaves_of_room(element)
+    top = scale.amax(-1)
+    down = scale.to(torch.int32) - top[..., None].to(torch.int32) + lift
+    factor = ((down + 127).clamp(min=0) << 23).view(torch.float32)  # 2^down; far below E4M3's range it is 0
+    value = decode(codes, element).unflatten(-1, (-1, 32)) * factor[..., None]
+    row = scale_to_float(top) * 2.0**-lift
+    return encode(value.flatten(-2), E4M3), row
+
+
+def rebase_rows(
+    x: Tensor,  # [M, K]
+    sorted_ids: Tensor,  # [capacity]
+    num_padded: Tensor,  # [1]
+    num_pairs: int,
+    top_k: int,
+    gather: bool,
+) -> tuple[Tensor, Tensor]:  # [capacity, K], [capacity]
+    """MXFP8 (RCEIL), then re-based; row r of the result is row sorted_ids[r] // top_k of x (``gather``) or row r of x."""
+    slot = torch.arange(sorted_ids.shape[0], device=x.device)
+    live = (slot < num_padded) & (sorted_ids < num_pairs)
+    rows = (torch.where(live, sorted_ids, 0) // top_k).long() if gather else slot
+    q = quantize(x, MXFP8)
+    data, scale = rebased(unpack_codes(q.data, MXFP8), q.scale, E4M3)
+    data = torch.where(live[:, None], data[rows], 0) if x.shape[0] else data.new_zeros((slot.numel(), x.shape[1]))
+    return data.to(torch.uint8), torch.where(live, scale[rows], 0.0) if x.shape[0] else scale.new_zeros(slot.numel())
+
+
+def gate_up_rows(w: Tensor) -> Tensor:  # [E, 2I, ...] -> [E, 2I, ...]
+    """Rows [gate; up] as [8 gate | 8 up] per 16."""
+    e, n = w.shape[:2]
+    return w.reshape(e, 2, n // 16, 8, *w.shape[2:]).transpose(1, 2).reshape(e, n, *w.shape[2:])
+
+
+def concatenated_rows(w: Tensor) -> Tensor:
+    """The inverse of ``gate_up_rows``."""
+    e, n = w.shape[:2]
+    return w.reshape(e, n // 16, 2, 8, *w.shape[2:]).transpose(1, 2).reshape(e, n, *w.shape[2:])
+
+
+def grouped_gemm_rebased(
+    x: Tensor,  # [capacity, K]
+    x_scale: Tensor,  # [capacity]
+    w: Tensor,  # [E, N, K]
+    w_scale: Tensor,  # [E, N]
+    tiles: Alignment,
+    epilogue: Epilogue,
+    scatter: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:  # [capacity, N_out] or [P, N_out]
+    """Both operands decoded to float32, then ``grouped_gemm``; rows that hold no pair are zero."""
+    assert tiles.sorted_ids is not None
+    slot = torch.arange(x.shape[0], device=x.device)
+    live = (slot < tiles.num_padded) & (tiles.sorted_ids < tiles.num_pairs)
+    pair = torch.where(live, tiles.sorted_ids, tiles.num_pairs).long()
+    values = x.view(torch.float8_e4m3fn).float() * x_scale[:, None]
+    rows = values.new_zeros((tiles.num_pairs + 1, x.shape[1])).index_copy(0, pair, values)[:-1]
+    weight = w.view(torch.float8_e4m3fn).float() * w_scale[..., None]
+    if epilogue.activation is not None:
+        weight = concatenated_rows(weight)
+    y = grouped_gemm(rows, weight, tiles, epilogue=epilogue, out_dtype=out_dtype)
+    assert isinstance(y, Tensor)
+    if scatter:
+        return y
+    padded = torch.cat((y, y.new_zeros((1, y.shape[1]))))
+    return padded[pair]

@@ -1,0 +1,252 @@
+"""Re-based MXFP8: what changes and by how much, the product against float64, and the kernels against both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mx_kernels as mk
+from mx_kernels import reference
+
+SWIGLU_OAI = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
+FORMATS = [mk.MXFP8, mk.MXFP6_E2M3, mk.MXFP6_E3M2, mk.MXFP4]
+
+
+def _value(w: mk.RebasedWeight) -> torch.Tensor:
+    v = w.data.float() * w.scale[..., None]
+    return reference.concatenated_rows(v) if w.gated else v
+
+
+def _inputs(device="cpu", tokens=37, experts=5, top_k=2, hidden=96, width=64, fmt=mk.MXFP8, block_size=16):
+    g = torch.Generator(device=device).manual_seed(tokens * 7 + width)
+    x = torch.randn(tokens, hidden, device=device, generator=g).bfloat16()
+    w13 = mk.quantize(torch.randn(experts, 2 * width, hidden, device=device, generator=g) * 0.1, fmt)
+    w2 = mk.quantize(torch.randn(experts, hidden, width, device=device, generator=g) * 0.1, fmt)
+    ids = torch.rand(tokens, experts, device=device, generator=g).topk(top_k).indices.int()
+    return x, w13, w2, ids, mk.moe_align_block_size(ids, block_size, experts)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_rebase_is_exact_within_the_range_of_e4m3(fmt, gated):
+    """Block scales of a row within 6 octaves: no E4M3 code of MXFP8 becomes subnormal that was not, nor any narrower one."""
+    w = torch.randn(3, 32, 128) * torch.exp2(torch.randint(0, 3, (3, 32, 4)).float()).repeat_interleave(32, -1)
+    w = torch.where(w.abs() < 0.25, 0.25 * w.sign(), w)
+    q = mk.quantize(w, fmt)
+    r = mk.rebase(q, gated=gated)
+    assert torch.equal(_value(r), mk.dequantize(q, torch.float32))
+    assert r.changed == 0
+    assert r.error == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), spread=st.integers(0, 40))
+def test_rebase_states_its_error(seed, spread):
+    """``changed`` and ``error`` are those of the values, recomputed in float64; large values never change."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(2, 16, 96, generator=g) * torch.exp2(
+        -torch.randint(0, spread + 1, (2, 16, 3), generator=g).float()
+    ).repeat_interleave(32, -1)
+    q = mk.quantize(w, mk.MXFP8)
+    r = mk.rebase(q)
+    want, got = mk.dequantize(q, torch.float32).double(), _value(r).double()
+    assert r.error == pytest.approx(((got - want).norm() / want.norm()).item(), rel=1e-6)
+    assert r.changed == pytest.approx((got != want).sum().item() / (want != 0).sum().item())
+    assert r.error < 2**-7  # what changes is below 2^-14 of its row's largest value
+    top = q.scale.amax(-1, keepdim=True) == q.scale
+    assert torch.equal(got[top.repeat_interleave(32, -1)], want[top.repeat_interleave(32, -1)])
+
+
+def test_rebase_mxfp4_holds_fourteen_octaves():
+    """Every E2M1 code under every block scale up to 14 octaves below the row's largest is an E4M3 code."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2).repeat(15)[None, None]
+    scale = (120 - torch.arange(15)).to(torch.uint8)[None, None]
+    q = mk.QuantizedTensor(reference.pack_codes(codes, mk.MXFP4), scale, mk.MXFP4, mk.MXFP4.default_rule)
+    assert mk.rebase(q).changed == 0
+    lower = mk.QuantizedTensor(
+        q.data, torch.where(scale == 106, 105, scale).to(torch.uint8), mk.MXFP4, mk.MXFP4.default_rule
+    )
+    assert mk.rebase(lower).changed > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rebase_rows_gathers_into_tile_order(dtype):
+    x, _, _, ids, tiles = _inputs()
+    data, scale = mk.rebase_rows(x.to(dtype), tiles, top_k=2, gather=True)
+    exact = mk.quantize_dequantize(x.to(dtype).float(), mk.MXFP8)
+    for slot, pair in enumerate(tiles.sorted_ids.tolist()):
+        row = data[slot].float() * scale[slot]
+        if pair < ids.numel():
+            torch.testing.assert_close(row, exact[pair // 2], rtol=0, atol=scale[slot].item() * 2**-10)
+        else:
+            assert not row.any()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("act", [None, mk.Activation("silu"), SWIGLU_OAI], ids=["none", "silu", "swiglu_oai"])
+def test_grouped_gemm_rebased_against_float64(fmt, act):
+    """Pair by pair in float64 of the re-based operands: float32 sums, one bf16 rounding (2^-9)."""
+    x, w13, _, ids, tiles = _inputs(fmt=fmt)
+    w = mk.rebase(w13, gated=act is not None)
+    bias, weight = torch.randn(5, 128), torch.rand(ids.numel())
+    rows = mk.rebase_rows(x, tiles, top_k=2, gather=True)
+    y = mk.grouped_gemm_rebased(
+        rows, w, tiles, epilogue=mk.Epilogue(bias, act, weight), scatter=True, out_dtype=torch.float32
+    )
+    in_tile_order = mk.grouped_gemm_rebased(
+        rows, w, tiles, epilogue=mk.Epilogue(bias, act, weight), out_dtype=torch.float32
+    )
+    value = (rows[0].float() * rows[1][:, None]).double()
+    weights = _value(w).double()
+    for slot, pair in enumerate(tiles.sorted_ids.tolist()):
+        if pair >= ids.numel():
+            continue
+        e = ids.flatten()[pair]
+        acc = weights[e] @ value[slot] + bias[e].double()
+        want = reference.activated(acc, act) if act else acc
+        torch.testing.assert_close(y[pair].double(), want * weight[pair].double(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(y[pair], in_tile_order[slot])
+
+
+def test_layer_is_close_to_exact_mxfp8():
+    """A whole layer against exact MXFP8 x MXFP8: nearer than bf16's rounding of its output (2^-9)."""
+    x, w13, w2, _, tiles = _inputs(tokens=64, hidden=256, width=128, block_size=32)
+    act = mk.Activation("silu")
+    h = mk.grouped_gemm_rebased(
+        mk.rebase_rows(x, tiles, top_k=2, gather=True), mk.rebase(w13, gated=True), tiles,
+        epilogue=mk.Epilogue(activation=act), out_dtype=torch.float32,
+    )  # fmt: skip
+    y = mk.grouped_gemm_rebased(mk.rebase_rows(h, tiles), mk.rebase(w2), tiles, scatter=True, out_dtype=torch.float32)
+    hx = mk.grouped_gemm(
+        mk.quantize(x, mk.MXFP8), w13, tiles, top_k=2, epilogue=mk.Epilogue(activation=act), out_dtype=torch.float32
+    )
+    want = mk.grouped_gemm(mk.quantize(hx, mk.MXFP8), w2, tiles, out_dtype=torch.float32)
+    assert ((y - want).norm() / want.norm()).item() < 2**-9
+
+
+def test_ops_trace_and_check():
+    x, w13, _, _, tiles = _inputs(tokens=8)
+    args = (x, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, 2, True)
+    torch.library.opcheck(torch.ops.mx_kernels.rebase_rows.default, args)
+    data, scale = mk.rebase_rows(x, tiles, top_k=2, gather=True)
+    w = mk.rebase(w13)
+    args = (
+        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
+        tiles.num_padded, tiles.block_size, None, "", 0.0, 0.0, 0.0, None, True, True, torch.float32,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.mx_kernels.grouped_gemm_rebased.default, args)
+
+
+def test_bad_input():
+    x, w13, _, _, tiles = _inputs()
+    w = mk.rebase(w13)
+    with pytest.raises(ValueError, match="nvfp4 cannot be re-based"):
+        mk.rebase(mk.quantize(torch.randn(2, 16, 32), mk.NVFP4))
+    with pytest.raises(ValueError, match=r"needs \[E, N, K\]"):
+        mk.rebase(w13[0])
+    with pytest.raises(ValueError, match="multiple of 16"):
+        mk.rebase(mk.quantize(torch.randn(2, 24, 32), mk.MXFP8), gated=True)
+    nan = mk.quantize(torch.full((1, 1, 32), float("nan")), mk.MXFP8)
+    with pytest.raises(ValueError, match="NaN block scales"):
+        mk.rebase(nan)
+    with pytest.raises(TypeError, match=r"x is torch\.int32"):
+        mk.rebase_rows(x.int(), tiles)
+    with pytest.raises(ValueError, match="one per slot"):
+        mk.rebase_rows(x, tiles)
+    with pytest.raises(ValueError, match="pairs"):
+        mk.rebase_rows(x, tiles, top_k=3, gather=True)
+    rows = mk.rebase_rows(x, tiles, top_k=2, gather=True)
+    with pytest.raises(ValueError, match="gated=False"):
+        mk.grouped_gemm_rebased(rows, w, tiles, epilogue=mk.Epilogue(activation=SWIGLU_OAI))
+    with pytest.raises(ValueError, match="does not requantize"):
+        mk.grouped_gemm_rebased(rows, w, tiles, epilogue=mk.Epilogue(requantize_to=mk.MXFP8))
+    with pytest.raises(ValueError, match="silu or swiglu_oai"):
+        mk.grouped_gemm_rebased(
+            rows, mk.rebase(w13, gated=True), tiles, epilogue=mk.Epilogue(activation=mk.Activation("gelu"))
+        )
+    with pytest.raises(ValueError, match="bias has shape"):
+        mk.grouped_gemm_rebased(rows, w, tiles, epilogue=mk.Epilogue(bias=torch.zeros(5)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [32, 96, 768, 2880, 4096, 14336])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rebase_rows_kernel_is_bit_exact(k, dtype):
+    x = torch.randn(301, k, device="cuda") * torch.exp2(
+        torch.randint(-12, 12, (301, k // 32), device="cuda").float()
+    ).repeat_interleave(32, -1)
+    x[0] = 0
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    ids = torch.randint(0, 7, (301, 1), device="cuda", dtype=torch.int32)
+    tiles = mk.moe_align_block_size(ids, 64, 7)
+    live = (tiles.sorted_ids < 301) & (torch.arange(tiles.sorted_ids.numel(), device="cuda") < tiles.num_padded)
+    got = mk.rebase_rows(x.to(dtype), tiles, gather=True)
+    want = reference.rebase_rows(x.to(dtype), tiles.sorted_ids, tiles.num_padded, 301, 1, True)
+    finite = live & want[1].isfinite()
+    assert torch.equal(got[0].view(torch.uint8)[finite], want[0][finite])
+    assert torch.equal(got[1][live].nan_to_num(-1), want[1][live].nan_to_num(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("promote", [True, False])
+@pytest.mark.parametrize(
+    "act", [None, mk.Activation("silu", limit=3.0), SWIGLU_OAI], ids=["none", "silu", "swiglu_oai"]
+)
+def test_grouped_gemm_rebased_kernel(block_size, promote, act):
+    """float32 output against the reference. Hopper's FP8 accumulator keeps about 14 bits: promoted every 128 along K the error stays
+    below 2^-11 in the Frobenius norm, otherwise below 2^-9 at K = 2880; the activation about doubles a relative error."""
+    x, w13, _, ids, tiles = _inputs(
+        "cuda", tokens=500, experts=9, top_k=3, hidden=2880, width=416, block_size=block_size
+    )
+    w = mk.rebase(w13, gated=act is not None)
+    weight, bias = torch.rand(ids.numel(), device="cuda"), torch.randn(9, 832, device="cuda")
+    rows = mk.rebase_rows(x, tiles, top_k=3, gather=True)
+    epilogue = mk.Epilogue(bias, act, weight)
+    want = reference.grouped_gemm_rebased(
+        rows[0].view(torch.uint8), rows[1], w.data.view(torch.uint8), w.scale, tiles, epilogue, True, torch.float32
+    )
+    for scatter in (True, False):
+        y = mk.grouped_gemm_rebased(
+            rows, w, tiles, epilogue=epilogue, scatter=scatter, promote=promote, out_dtype=torch.float32
+        )
+        if not scatter:
+            live = (tiles.sorted_ids < ids.numel()) & (torch.arange(y.shape[0], device="cuda") < tiles.num_padded)
+            y = torch.zeros_like(want).index_copy(0, tiles.sorted_ids[live].long(), y[live])
+        error = ((y.double() - want.double()).norm() / want.double().norm()).item()
+        assert error < (2**-11 if promote else 2**-9) * (2 if act else 1)
+
+
+def _compiled(block_m, promote, gated, **options):
+    from mx_kernels.kernels import rebased
+
+    from .aot import compile_kernel
+
+    config = {**rebased.tile_config(block_m, 5760, promote), **options}
+    bn = config.pop("BN")
+    signature = {
+        "x_desc": f"tensordesc<fp8e4nv[{block_m},128]>", "w_desc": f"tensordesc<fp8e4nv[{bn},128]>", "x_scale": "*fp32",
+        "w_scale": "*fp32", "y": "*bf16", "y_stride": "i32", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32",
+        "bias": "*bf16", "row_weight": "*fp32", "n_pairs": "i32", "N": "i32", "N_OUT": "i32", "K": "i32",
+    }  # fmt: skip
+    constants = {
+        "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "BIAS": gated,
+        "WEIGHTED": not gated, "SCATTER": not gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702,
+        "BETA": 1.0, "LIMIT": 7.0,
+    }  # fmt: skip
+    return compile_kernel(rebased._grouped_gemm_rebased_kernel, signature, constants, "sm_90", **config)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("gated", [True, False], ids=["gemm1", "gemm2"])
+@pytest.mark.parametrize("promote", [True, False], ids=["promoted", "fast"])
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+def test_compiles_to_fp8_wgmma(block_m, promote, gated):
+    """FP8 warpgroup products, none serialized; the shipped tiles do not spill."""
+    compiled = _compiled(block_m, promote, gated)
+    assert compiled.opcodes()["QGMMA"] > 0
+    assert "C7510" not in compiled.log
+    assert "C7515" not in compiled.log
+    assert compiled.spills == 0

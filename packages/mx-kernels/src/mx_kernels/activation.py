@@ -17,6 +17,7 @@ from .dispatch import (
     direct,
     flat_activation,
     has_triton,
+    kernels,
     requantized,
     whole_activation,
 )
@@ -72,9 +73,9 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     if not has_triton():
         return _activate(h, act, act_layout, gated, alpha, beta, limit, requantize, rule, out_dtype)
-    from .kernels import activation as kernels
-
-    return kernels.activate(h, act, act_layout, gated, alpha, beta, limit, requantize, rule, out_dtype)
+    args = (act, act_layout, gated, alpha, beta, limit, requantize, rule, out_dtype)
+    result: tuple[Tensor, Tensor] = kernels("activation").activate(h, *args)
+    return result
 
 
 @activate_op.register_fake
@@ -133,12 +134,8 @@ def activate(
     fused = "" if f is None or two_pass else f.name
     h = h.contiguous()
     args = (*flat_activation(activation), fused, str(rule or ""), dtype)
-    if direct(h):
-        from .kernels import activation as kernels
-
-        data, scale = kernels.activate(h, *args)
-    else:
-        data, scale = activate_op(h, *args)
+    data: Tensor
+    data, scale = (kernels("activation").activate if direct(h) else activate_op)(h, *args)
     if f is None:
         return data
     if two_pass:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .alignment import Alignment, capacity
-from .dispatch import check_device, direct, has_triton
+from .dispatch import check_device, direct, has_triton, kernels
 from .reference.moe import aligned, local_experts, needs_no_sorting
 
 __all__ = ["Alignment", "moe_align_block_size"]
@@ -57,9 +57,10 @@ def moe_align_block_size_op(
 def _(ids: Tensor, block_size: int, num_experts: int, expert_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if not has_triton():
         return aligned(ids, block_size, num_experts, expert_map)
-    from .kernels import align
-
-    return align.moe_align_block_size(ids, block_size, num_experts, expert_map)
+    parts: tuple[Tensor, Tensor, Tensor] = kernels("align").moe_align_block_size(
+        ids, block_size, num_experts, expert_map
+    )
+    return parts
 
 
 @moe_align_block_size_op.register_fake
@@ -132,10 +133,6 @@ def moe_align_block_size(
     ):
         experts = ids.flatten() if accelerated else expert_of_pair_op(ids, num_experts)
         return Alignment(ids, num_experts, block_size, None, experts, experts[:0])
-    if direct(ids, expert_map):
-        from .kernels import align
-
-        parts = align.moe_align_block_size(ids, block_size, num_experts, expert_map)
-    else:
-        parts = moe_align_block_size_op(ids, block_size, num_experts, expert_map)
-    return Alignment(ids, num_experts, block_size, *parts, expert_map)
+    run = kernels("align").moe_align_block_size if direct(ids, expert_map) else moe_align_block_size_op
+    sorted_ids, expert_ids, num_padded = run(ids, block_size, num_experts, expert_map)
+    return Alignment(ids, num_experts, block_size, sorted_ids, expert_ids, num_padded, expert_map)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .alignment import Alignment
-from .dispatch import FLOATS, check_device, check_float, check_last_stride, direct, has_triton
+from .dispatch import FLOATS, check_device, check_float, check_last_stride, direct, has_triton, kernels
 from .reference.moe import combined
 
 
@@ -43,9 +43,8 @@ def _(
 ) -> Tensor:
     if not has_triton():
         return combined(y, ids, num_experts, expert_map, weights, out_dtype)
-    from .kernels import combine as kernels
-
-    return kernels.combine(y, ids, num_experts, expert_map, weights, out_dtype)
+    out: Tensor = kernels("combine").combine(y, ids, num_experts, expert_map, weights, out_dtype)
+    return out
 
 
 @combine_op.register_fake
@@ -93,8 +92,6 @@ def combine(
     if out_dtype not in FLOATS:
         raise TypeError(f"out_dtype is {out_dtype}, needs float32, bfloat16 or float16")
     y = y.contiguous()
-    if direct(y, tiles.ids, weights):
-        from .kernels import combine as kernels
-
-        return kernels.combine(y, tiles.ids, tiles.num_experts, tiles.expert_map, weights, out_dtype)
-    return combine_op(y, tiles.ids, tiles.num_experts, tiles.expert_map, weights, out_dtype)
+    run = kernels("combine").combine if direct(y, tiles.ids, weights) else combine_op
+    out: Tensor = run(y, tiles.ids, tiles.num_experts, tiles.expert_map, weights, out_dtype)
+    return out

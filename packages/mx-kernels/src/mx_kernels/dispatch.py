@@ -8,8 +8,10 @@ dtypes cross it. ``flat_*`` takes the dataclasses apart, ``whole_*`` puts them t
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +25,20 @@ from .tensor import QuantizedTensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
+_TRITON = (
+    importlib.util.find_spec("triton") is not None
+)  # found, not imported; a constant, so that torch.compile sees one
+
+
 def has_triton() -> bool:
-    """Whether Triton can be imported; without it every operation runs on its reference. Does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed; without it every operation runs on its reference."""
+    return _TRITON
+
+
+@functools.cache
+def kernels(name: str) -> Any:
+    """The module ``mx_kernels.kernels.<name>``, imported when it is first needed, since that imports Triton."""
+    return importlib.import_module(f"{__package__}.kernels.{name}")
 
 
 def direct(*tensors: Tensor | None) -> bool:

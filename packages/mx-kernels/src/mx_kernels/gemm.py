@@ -25,6 +25,7 @@ from .dispatch import (
     flat_activation,
     flat_operand,
     has_triton,
+    kernels,
     requantized,
     whole_activation,
     whole_operand,
@@ -84,9 +85,8 @@ gemm_op = torch.library.custom_op("mx_kernels::gemm", _gemm, mutates_args=(), sc
 def _(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     if not has_triton():
         return _gemm(x, *args)  # type: ignore[arg-type]
-    from .kernels import generic_gemm
-
-    return generic_gemm.gemm(x, *args)
+    result: tuple[Tensor, Tensor] = kernels("generic_gemm").gemm(x, *args)
+    return result
 
 
 @gemm_op.register_fake
@@ -221,12 +221,9 @@ def gemm(
         f.check_rule(rule).value if f is not None and fused else "",
         torch.float32 if f is not None and not fused else dtype,
     )
-    if direct(data, args[4], epilogue.bias, row_weight):
-        from .kernels import generic_gemm
-
-        out, out_scale = generic_gemm.gemm(*args)
-    else:
-        out, out_scale = gemm_op(*args)
+    run = kernels("generic_gemm").gemm if direct(data, args[4], epilogue.bias, row_weight) else gemm_op
+    out: Tensor
+    out, out_scale = run(*args)
     out = out.view(*lead, out.shape[-1])
     if f is None:
         return out

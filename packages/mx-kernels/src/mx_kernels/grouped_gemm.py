@@ -16,7 +16,16 @@ from torch import Tensor
 from . import reference
 from .activation import fake_result
 from .alignment import Alignment
-from .dispatch import check_device, direct, flat_activation, flat_operand, has_triton, requantized, whole_operand
+from .dispatch import (
+    check_device,
+    direct,
+    flat_activation,
+    flat_operand,
+    has_triton,
+    kernels,
+    requantized,
+    whole_operand,
+)
 from .epilogue import Epilogue
 from .gemm import (
     Operand,
@@ -102,9 +111,8 @@ grouped_gemm_op = torch.library.custom_op("mx_kernels::grouped_gemm", _grouped_g
 def _(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     if not has_triton():
         return _grouped_gemm(x, *args)  # type: ignore[arg-type]
-    from .kernels import generic_gemm
-
-    return generic_gemm.grouped_gemm(x, *args)
+    result: tuple[Tensor, Tensor] = kernels("generic_gemm").grouped_gemm(x, *args)
+    return result
 
 
 @grouped_gemm_op.register_fake
@@ -170,12 +178,11 @@ def grouped_gemm(
         f.check_rule(rule).value if f is not None and fused else "",
         torch.float32 if f is not None and not fused else dtype,
     )
-    if direct(args[0], args[4], epilogue.bias, row_weight):
-        from .kernels import generic_gemm
-
-        out, scale = generic_gemm.grouped_gemm(*args)
-    else:
-        out, scale = grouped_gemm_op(*args)
+    run = (
+        kernels("generic_gemm").grouped_gemm if direct(args[0], args[4], epilogue.bias, row_weight) else grouped_gemm_op
+    )
+    out: Tensor
+    out, scale = run(*args)
     if f is None:
         return out
     if fused:

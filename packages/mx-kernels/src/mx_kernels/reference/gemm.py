@@ -46,9 +46,9 @@ def _finish(
 ) -> Tensor:  # [M, N_out]
     gx, gw = scales
     if gx is not None and gw is not None:
-        acc = acc * (gx * gw)
-    elif gx is not None or gw is not None:
-        acc = acc * (gw if gx is None else gx)
+        gx, gw = gx * gw, None
+    for scale in (gx, gw):
+        acc = acc if scale is None else acc * scale
     if bias is not None:
         acc = acc + bias.float()
     if activation is not None:
@@ -79,7 +79,7 @@ def gemm(
     if gx is not None and gx.ndim:
         gx = gx.view(*gx.shape, *(1,) * (len(lead) - gx.ndim)).expand(lead).reshape(-1, 1)
     weight = epilogue.row_weight
-    acc = decode(x).reshape(-1, k) @ decode(w).T
+    acc = decode(x).reshape(lead.numel(), k) @ decode(w).T
     out = _finish(
         acc,
         (gx, _global_scale(w)),

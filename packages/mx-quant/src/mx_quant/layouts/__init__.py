@@ -10,13 +10,14 @@ from .base import Configs, Get, Info, Infos, Layout, TensorInfo, WeightRef, quan
 from .families import FAMILIES, Family, Role, classify, family_of
 from .globals import exact_global, fold_globals, invert_global
 from .gpt_oss import GPT_OSS, GPT_OSS_ORIGINAL
-from .mxfp8 import MXFP8_LAYOUT, MXFP8_WEIGHT_SCALE
+from .mxfp8 import MXFP8_INVERSE, MXFP8_PLAIN
 from .refs import (
     FUSED,
     PER_EXPERT,
     Piece,
     Target,
     assemble,
+    assemble_input_scale,
     assemble_plain,
     joint_groups,
     plain_refs,
@@ -26,9 +27,7 @@ from .refs import (
     write_plain,
 )
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (GPT_OSS, GPT_OSS_ORIGINAL, MXFP8_LAYOUT, MXFP8_WEIGHT_SCALE)
-}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GPT_OSS, GPT_OSS_ORIGINAL, MXFP8_INVERSE, MXFP8_PLAIN)}
 
 
 def get_layout(name: str) -> Layout:
@@ -73,6 +72,7 @@ __all__ = [
     "TensorInfo",
     "WeightRef",
     "assemble",
+    "assemble_input_scale",
     "assemble_plain",
     "classify",
     "detect_layout",

@@ -1,4 +1,4 @@
-"""What every checkpoint layout shares: its row type, weight references, and the engine for layouts that rename and re-type.
+"""What every checkpoint layout shares: its row type, weight references, checks, and the reading and writing of config.json.
 
 A layout is how one tool stores a QuantizedTensor: which tensors, under which names, with which dtypes and shapes, and what
 config.json says about them. Letters: E experts, N rows, K columns (canonical: K last, gate rows before up rows), B block length.
@@ -6,9 +6,8 @@ config.json says about them. Letters: E experts, N rows, K columns (canonical: K
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from mx_kernels import Format, QuantizedTensor, ScaleRule
 
-from .families import FUSED_BIAS, FUSED_EXPERT, classify, deinterleave, interleave
-from .globals import invert_global
+from .families import FUSED_BIAS, FUSED_EXPERT, classify
 
 Configs = Mapping[str, Mapping[str, Any]]
 """JSON files of a checkpoint by file name: "config.json" and, where there is one, "hf_quant_config.json"."""
@@ -58,7 +56,8 @@ class WeightRef:
     shape: the canonical shape, whatever the layout's own is. format: None is full precision.
     tensors: names of the stored tensors it occupies. rule: the scale rule the config states, else the format's default.
     input_scale: the stored tensor with the NVFP4 global scale of the activations, if any.
-    interleaved: stored rows of gate_up alternate gate, up. transposed: a full-precision tensor stored [E, K, N].
+    interleaved: stored rows of gate_up alternate gate, up. transposed: the family stores fused parameters [E, K, N]; in full
+        precision always, quantized only where the layout does (ModelOpt NVFP4).
     """
 
     name: str
@@ -110,30 +109,6 @@ class Layout:
     read: Callable[..., QuantizedTensor]
     read_input_scale: Callable[..., Tensor | None]
     config: Callable[..., dict[str, dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Names:
-    """How a layout names the tensors of one weight, in place of "weight" at the end of the full-precision name.
-
-    ``divisor``: the stored global scale is 1 / multiplier. ``global_shape``: its shape for one matrix, (1,) or ().
-    ``fused(param, suffix)`` is the name of a fused parameter's tensor, such as ("gate_up_proj", "weight_scale").
-    """
-
-    data: str
-    scale: str
-    global_scale: str | None = None
-    input_scale: str | None = None
-    divisor: bool = False
-    global_shape: tuple[int, ...] = ()
-    fused: Callable[[str, str], str] = lambda param, suffix: suffix.replace("weight", param, 1)
-
-    def of(self, ref_name: str, suffix: str) -> str:
-        """The stored tensor's name for a weight's full-precision name."""
-        if ref_name.endswith(".weight"):
-            return ref_name[: -len("weight")] + suffix
-        head, _, param = ref_name.rpartition(".")
-        return f"{head}.{self.fused(param, suffix)}"
 
 
 def check_info(
@@ -211,124 +186,6 @@ def check_global(name: str, g: Tensor, data: Tensor | None = None) -> None:
 def scale_bytes(scale: Tensor, format: Format) -> Tensor:
     """A stored block scale as QuantizedTensor holds it (float8_e8m0fnu becomes its bytes)."""
     return scale.view(torch.uint8) if format.scale == "e8m0" else scale
-
-
-def plan(ref: WeightRef, names: Names) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of the tensors that ``write`` makes of a weight."""
-    f = _format(ref)
-    lead, k = ref.shape[:-1], ref.shape[-1]
-    f.check_k(k, f"K of {ref.name}")
-    out = {
-        names.of(ref.name, names.data): TensorInfo(f.data_dtype, (*lead, f.data_width(k))),
-        names.of(ref.name, names.scale): TensorInfo(f.scale_dtype, (*lead, k // f.block)),
-    }
-    if names.global_scale is not None:
-        shape = names.global_shape if ref.experts is None else (ref.experts, *names.global_shape)
-        info = TensorInfo(torch.float32, shape)
-        out[names.of(ref.name, names.global_scale)] = info
-        if ref.input_scale is not None and names.input_scale is not None:
-            out[names.of(ref.name, names.input_scale)] = info
-    return out
-
-
-def write(
-    ref: WeightRef,
-    q: QuantizedTensor,
-    names: Names,
-    *,
-    expert: int | None = None,
-    input_scale: Tensor | None = None,  # [] or [E], a multiplier
-) -> dict[str, Tensor]:
-    """The stored tensors of a weight. Global scales are inverted where the layout stores divisors."""
-    data, scale = q.data, q.scale
-    if ref.interleaved:
-        data, scale = interleave(data, data.ndim - 2), interleave(scale, scale.ndim - 2)
-    out = {names.of(ref.name, names.data): data, names.of(ref.name, names.scale): scale}
-    if names.global_scale is not None:
-        g = q.global_scale
-        assert g is not None
-        lead = () if ref.experts is None or expert is not None else (ref.experts,)
-        out[names.of(ref.name, names.global_scale)] = _stored_global(g, lead, names)
-        if ref.input_scale is not None:
-            if input_scale is None:
-                raise ValueError(
-                    f"{ref.name} has quantized activations but no input_scale: calibrate one, or write weights only (W4A16)"
-                )
-            check_global(f"input_scale of {ref.name}", input_scale)
-            assert names.input_scale is not None
-            out[names.of(ref.name, names.input_scale)] = _stored_global(input_scale, lead, names)
-    return out
-
-
-def _stored_global(g: Tensor, lead: tuple[int, ...], names: Names) -> Tensor:
-    g = invert_global(g) if names.divisor else g.float()
-    shape = (*lead, *names.global_shape)
-    return g.reshape(*g.shape, *([1] * (len(shape) - g.ndim))).expand(shape).contiguous()
-
-
-def read(ref: WeightRef, get: Get, names: Names, *, expert: int | None = None) -> QuantizedTensor:
-    """The QuantizedTensor of a stored weight, or of one expert of a fused one. ValueError for NaN scales or bad globals."""
-    f = _format(ref)
-    data = get(names.of(ref.name, names.data), expert)
-    name = names.of(ref.name, names.scale)
-    scale = scale_bytes(get(name, expert), f)
-    check_scale(name, scale)
-    if ref.interleaved:
-        data, scale = deinterleave(data, data.ndim - 2), deinterleave(scale, scale.ndim - 2)
-    g = None
-    if names.global_scale is not None:
-        g = _read_global(ref, names.of(ref.name, names.global_scale), get, names, expert, data)
-    return QuantizedTensor(data, scale, f, ref.rule or f.default_rule, global_scale=g)
-
-
-def read_input_scale(ref: WeightRef, get: Get, names: Names, *, expert: int | None = None) -> Tensor | None:
-    """The float32 multiplier of NVFP4 activations, None for weight-only; ValueError where it is zero or not finite."""
-    if ref.input_scale is None:
-        return None
-    return _read_global(ref, ref.input_scale, get, names, expert, None)
-
-
-def _read_global(ref: WeightRef, name: str, get: Get, names: Names, expert: int | None, data: Tensor | None) -> Tensor:
-    stored = get(name)  # a few bytes: one per expert, or one for all
-    if stored.numel() == 1:
-        stored = stored.reshape(())
-        if ref.experts is not None and expert is None:
-            stored = stored.expand(ref.experts).contiguous()
-    elif ref.experts is not None and stored.numel() == ref.experts:
-        stored = stored.reshape(ref.experts)
-        stored = stored if expert is None else stored[expert]
-    else:
-        raise ValueError(
-            f"{name} has shape {tuple(stored.shape)}, needs one number" + (f" or {ref.experts}" if ref.experts else "")
-        )
-    if names.divisor:
-        check_global(name, stored)
-        return invert_global(stored)
-    check_global(name, stored, data)
-    return stored.float()
-
-
-def check_stored(ref: WeightRef, infos: Infos, names: Names, why: str) -> WeightRef:
-    """``ref`` with the names of its tensors, after checking that they are stored with the right dtypes and shapes."""
-    f = _format(ref)
-    found = list(plan(replace(ref, input_scale=None), names).items())
-    (data, data_info), (scale, scale_info) = found[:2]
-    check_info(infos, data, (data_info.dtype,), data_info.shape, why)
-    check_info(infos, scale, scale_dtypes(f), scale_info.shape, why)
-    tensors = [name for name, _ in found]
-    for name in (*tensors[2:], *([ref.input_scale] if ref.input_scale else ())):
-        info = check_info(infos, name, (torch.float32,), None, why)
-        if math.prod(info.shape) not in (1, ref.experts or 1):
-            raise ValueError(
-                f"{name} has shape {tuple(info.shape)}, needs {names.global_shape} (one global scale): {why}"
-            )
-    return replace(ref, tensors=(*tensors, *([ref.input_scale] if ref.input_scale else ())))
-
-
-def _format(ref: WeightRef) -> Format:
-    if ref.format is None:
-        raise ValueError(f"{ref.name} is in full precision: its reference names no format")
-    return ref.format
 
 
 def quantization_config(configs: Configs) -> Mapping[str, Any]:

@@ -79,6 +79,14 @@ def family_of(config: Mapping[str, Any], names: Iterable[str] = ()) -> Family:
     return FAMILIES["mixtral"] if w1 else DEFAULT
 
 
+def stored_as(name: str, family: Family) -> tuple[bool, bool]:
+    """(interleaved, transposed) of a fused parameter or bias ``name`` in this family; OpenAI's own names are never transposed."""
+    last = name.rpartition(".")[2].removesuffix("_bias")
+    return family.interleaved and last in ("gate_up_proj", "mlp1_weight", "mlp1"), family.transposed and last.endswith(
+        "_proj"
+    )
+
+
 @dataclass(frozen=True)
 class Role:
     """What a tensor is.

@@ -11,32 +11,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mx_kernels import MXFP8, QuantizedTensor
+from mx_kernels import MXFP8
 
 from .base import (
     Configs,
-    Get,
     Infos,
     Layout,
-    Names,
-    TensorInfo,
     WeightRef,
-    check_stored,
-    check_weight,
-    plan,
     quantization_config,
-    read,
     require,
     unquantized_modules,
     with_quantization,
-    write,
 )
 from .families import EXPERT, FUSED_EXPERT, LINEAR, family_of
-from .refs import stored_ref
+from .modules import Names, check_stored, module_layout, stored_ref
 
-_NAMES = {"mxfp8": Names("weight", "weight_scale_inv"), "mxfp8-weight-scale": Names("weight", "weight_scale")}
+_WHERE = "config.json: quantization_config"
+_INVERSE = Names("weight", "weight_scale_inv")
+_PLAIN = Names("weight", "weight_scale")
 
 
 def _uses(names: Names, infos: Infos) -> bool:
@@ -44,50 +37,32 @@ def _uses(names: Names, infos: Infos) -> bool:
     return any(n.endswith(suffix) for n in infos)
 
 
-def _detect(name: str, configs: Configs, infos: Infos) -> bool:
+def _detect(names: Names, configs: Configs, infos: Infos) -> bool:
     if quantization_config(configs).get("quant_method") != "mxfp8":
         return False
-    inverse = _uses(_NAMES["mxfp8"], infos)
-    return inverse if name == "mxfp8" else not inverse
+    return _uses(_INVERSE, infos) == (names is _INVERSE)
 
 
-def _refs(name: str, configs: Configs, infos: Infos) -> list[WeightRef]:
+def _refs(names: Names, configs: Configs, infos: Infos) -> list[WeightRef]:
     config = quantization_config(configs)
-    where = "config.json: quantization_config"
-    require("quant_method", config.get("quant_method"), ["mxfp8"], where)
-    block = config.get("weight_block_size", [1, 32])
-    require("weight_block_size", list(block) if isinstance(block, Sequence) else block, [[1, 32]], where)
-    require("scale_fmt", config.get("scale_fmt", "ue8m0"), ["ue8m0"], where)
-    require("activation_scheme", config.get("activation_scheme", "dynamic"), ["dynamic"], where)
-    both = [n for n in _NAMES if _uses(_NAMES[n], infos)]
-    if len(both) > 1:
+    require("quant_method", config.get("quant_method"), ["mxfp8"], _WHERE)
+    require("weight_block_size", config.get("weight_block_size", [1, 32]), [[1, 32]], _WHERE)
+    require("scale_fmt", config.get("scale_fmt", "ue8m0"), ["ue8m0"], _WHERE)
+    require("activation_scheme", config.get("activation_scheme", "dynamic"), ["dynamic"], _WHERE)
+    if _uses(_INVERSE, infos) and _uses(_PLAIN, infos):
         raise ValueError(
-            f"{where}: tensors are named weight_scale and weight_scale_inv in one checkpoint; known: one of them"
+            "quant_method is 'mxfp8' with scales named weight_scale and weight_scale_inv in one checkpoint; known: one of them"
         )
-    names = _NAMES[name]
     family = family_of(configs.get("config.json", {}), infos)
-    out = []
-    for tensor, info in infos.items():
-        if info.dtype != torch.float8_e4m3fn:
-            continue
-        ref = stored_ref(tensor, tuple(info.shape), MXFP8, names, family)
-        out.append(check_stored(ref, infos, names, f"{tensor} is MXFP8 ({where})"))
+    why = f"MXFP8 by {_WHERE}.quant_method"
+    out = [
+        check_stored(stored_ref(tensor, info, MXFP8, names, family), infos, names, why)
+        for tensor, info in infos.items()
+        if info.dtype == torch.float8_e4m3fn
+    ]
     if not out:
-        raise ValueError(f"{where}: quant_method is 'mxfp8', but no tensor is float8_e4m3fn: nothing is quantized")
+        raise ValueError(f"{_WHERE}.quant_method is 'mxfp8', but no tensor is float8_e4m3fn: nothing is quantized")
     return out
-
-
-def _write(
-    names: Names, ref: WeightRef, q: QuantizedTensor, *, expert: int | None = None, input_scale: Tensor | None = None
-) -> dict[str, Tensor]:
-    check_weight(ref, q, expert, (MXFP8,), "mxfp8")
-    if input_scale is not None:
-        raise ValueError(f"{ref.name}: MXFP8 activations are scaled dynamically; there is no input_scale to store")
-    return write(ref, q, names, expert=expert)
-
-
-def _read_input_scale(ref: WeightRef, get: Get, *, expert: int | None = None) -> None:
-    return None
 
 
 def _config(
@@ -103,29 +78,18 @@ def _config(
     return {"config.json": with_quantization(configs, config)}
 
 
-def _layout(name: str) -> Layout:
-    names = _NAMES[name]
-
-    def row_plan(ref: WeightRef) -> dict[str, TensorInfo]:
-        return plan(ref, names)
-
-    def row_read(ref: WeightRef, get: Get, *, expert: int | None = None) -> QuantizedTensor:
-        return read(ref, get, names, expert=expert)
-
-    return Layout(
-        name=name,
+def _row(name: str, names: Names) -> Layout:
+    return module_layout(
+        name,
+        {MXFP8.name: names},
         formats=(MXFP8,),
         kinds=(LINEAR, EXPERT, FUSED_EXPERT),
         activations=(MXFP8,),
-        detect=lambda configs, infos: _detect(name, configs, infos),
-        refs=lambda configs, infos: _refs(name, configs, infos),
-        plan=row_plan,
-        write=lambda ref, q, **options: _write(names, ref, q, **options),
-        read=row_read,
-        read_input_scale=_read_input_scale,
+        detect=lambda configs, infos: _detect(names, configs, infos),
+        refs=lambda configs, infos: _refs(names, configs, infos),
         config=_config,
     )
 
 
-MXFP8_LAYOUT = _layout("mxfp8")
-MXFP8_WEIGHT_SCALE = _layout("mxfp8-weight-scale")
+MXFP8_INVERSE = _row("mxfp8", _INVERSE)
+MXFP8_PLAIN = _row("mxfp8-weight-scale", _PLAIN)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mx_kernels import Format, QuantizedTensor
+from mx_kernels import QuantizedTensor
 
-from .base import Get, Infos, Names, TensorInfo, WeightRef
+from .base import Get, Infos, TensorInfo, WeightRef
 from .families import (
     EXPERT,
     EXPERT_BIAS,
@@ -28,30 +28,12 @@ from .families import (
     deinterleave,
     family_of,
     interleave,
+    stored_as,
 )
 from .globals import fold_globals
 
 FUSED = "fused"
 PER_EXPERT = "per-expert"
-_PARAMS = ("gate_up_proj", "down_proj", "gate_proj", "up_proj")
-
-
-def stored_ref(tensor: str, shape: tuple[int, ...], format: Format, names: Names, family: Family) -> WeightRef:
-    """The reference of a quantized weight from its data tensor's name and shape. ValueError for a shape no weight has."""
-    k = shape[-1] * 8 // format.element.bits if shape else 0
-    head, _, last = tensor.rpartition(".")
-    if last == names.data and len(shape) == 2:
-        name = f"{head}.weight"
-        kind = EXPERT if classify(name).kind == EXPERT else LINEAR
-        return WeightRef(name, kind, (shape[0], k), format)
-    for param in _PARAMS:
-        if last == names.fused(param, names.data) and len(shape) == 3:
-            interleaved = family.interleaved and param == "gate_up_proj"
-            return WeightRef(f"{head}.{param}", FUSED_EXPERT, (*shape[:2], k), format, interleaved=interleaved)
-    raise ValueError(
-        f"{tensor} of shape {shape} looks like a quantized weight, but is neither a linear's {names.data} [N, K] nor a fused expert "
-        f"parameter [E, N, K] named {', '.join(names.fused(p, names.data) for p in _PARAMS[:2])}"
-    )
 
 
 def plain_refs(config: Mapping[str, Any], infos: Infos) -> list[WeightRef]:
@@ -66,10 +48,7 @@ def plain_refs(config: Mapping[str, Any], infos: Infos) -> list[WeightRef]:
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
             continue
         shape, role = tuple(info.shape), classify(name)
-        swap = (
-            family.transposed and role.part in ("gate_up", "down") and not name.endswith(("mlp1_weight", "mlp2_weight"))
-        )
-        inter = family.interleaved and role.part == "gate_up"
+        inter, swap = stored_as(name, family)
         if role.kind == FUSED_EXPERT and len(shape) == 3:
             canonical = (shape[0], shape[2], shape[1]) if swap else shape
             out.append(WeightRef(name, FUSED_EXPERT, canonical, None, (name,), interleaved=inter, transposed=swap))
@@ -150,13 +129,16 @@ def regroup(refs: Sequence[WeightRef], grouping: str | None, family: Family) -> 
             assert role.expert is not None
             pending.setdefault((role.experts, ref.kind), {})[role.expert, role.part] = ref
         else:
-            out.append(_same(ref))
+            out.append(_same(ref, family))
     for (experts, kind), found in pending.items():
         out += _join(experts, kind, found, family)
     return out
 
 
-def _same(ref: WeightRef) -> Target:
+def _same(ref: WeightRef, family: Family) -> Target:
+    if ref.experts is not None:
+        interleaved, transposed = stored_as(ref.name, family)
+        ref = replace(ref, interleaved=interleaved, transposed=transposed and ref.kind == FUSED_EXPERT)
     n = ref.shape[-1] if ref.kind in (EXPERT_BIAS, FUSED_BIAS) else ref.shape[-2]
     if ref.experts is None:
         return Target(ref, ((Piece(ref.name, None, 0, n),),))
@@ -200,37 +182,35 @@ def _join(experts: str, kind: str, found: dict[tuple[int, str], WeightRef], fami
     for param, members in wanted:
         rows, shapes, refs = [], set(), []
         for e in range(count):
-            row, start = [], 0
             for part in members:
-                ref = found.get((e, part))
-                if ref is None:
+                if (e, part) not in found:
                     raise ValueError(
                         f"{experts}: expert {e} has no {part} weight, so {count} experts cannot be fused into {param}"
                     )
-                n = ref.shape[0]
-                row.append(Piece(ref.name, None, 0, n))
-                start += n
-                refs.append(ref)
-            shapes.add((start, *refs[-1].shape[1:]))
-            rows.append(tuple(row))
+            row = [found[e, part] for part in members]
+            rows.append(tuple(Piece(r.name, None, 0, r.shape[0]) for r in row))
+            shapes.update(r.shape for r in row)
+            refs += row
         if len(shapes) != 1:
             raise ValueError(f"{experts}: experts of {param} differ in shape: {sorted(shapes)}; they cannot be fused")
+        n, *k = shapes.pop()
         if len({r.format for r in refs}) != 1:
             formats = sorted({str(r.format) for r in refs})
             raise ValueError(
                 f"{experts}: experts of {param} differ in format: {', '.join(formats)}; they cannot be fused"
             )
         bias = kind == EXPERT_BIAS
-        gate_up = param == "gate_up_proj"
+        name = f"{experts}.{param}{'_bias' if bias else ''}"
+        interleaved, transposed = stored_as(name, family)
         target = WeightRef(
-            f"{experts}.{param}{'_bias' if bias else ''}",
+            name,
             FUSED_BIAS if bias else FUSED_EXPERT,
-            (count, *shapes.pop()),
+            (count, len(members) * n, *k),
             refs[0].format,
             rule=refs[0].rule,
             input_scale=refs[0].input_scale,
-            interleaved=family.interleaved and gate_up,
-            transposed=family.transposed and not bias and refs[0].format is None,
+            interleaved=interleaved,
+            transposed=transposed and not bias,
         )
         out.append(Target(target, tuple(rows)))
     return out
@@ -252,6 +232,28 @@ def assemble(
             parts = fold_globals(parts, target.ref.name)
         return replace(parts[0], data=torch.cat([p.data for p in parts]), scale=torch.cat([p.scale for p in parts]))
     return stack([assemble(target, read, e) for e in range(target.ref.experts)])
+
+
+def assemble_input_scale(
+    target: Target, read: Callable[[str, int | None], Tensor | None], expert: int | None = None
+) -> Tensor | None:
+    """The target's activation scale, float32 [] or [E] (with ``expert``: that one's []), from ``read(name, expert)``; None without.
+
+    ValueError where rows of one matrix were calibrated differently: they multiply the same input.
+    """
+    if target.ref.experts is None or expert is not None:
+        found = [read(p.name, p.expert) for p in target.rows[expert or 0]]
+        values = {None if f is None else float(f) for f in found}
+        if len(values) > 1:
+            raise ValueError(
+                f"{target.ref.name}: its parts have different input scales ({values}): calibrate them together"
+            )
+        return found[0]
+    each = [assemble_input_scale(target, read, e) for e in range(target.ref.experts)]
+    scales = [s for s in each if s is not None]
+    if scales and len(scales) != len(each):
+        raise ValueError(f"{target.ref.name}: {len(each) - len(scales)} of {len(each)} experts have no input scale")
+    return torch.stack(scales) if scales else None
 
 
 def assemble_plain(target: Target, read: Callable[[str, int | None], Tensor], expert: int | None = None) -> Tensor:

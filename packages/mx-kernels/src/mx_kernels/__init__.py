@@ -33,7 +33,7 @@ from .layouts import (
     unswizzle_hopper,
 )
 from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
-from .rebase import REBASED_FORMATS, RebasedWeight, grouped_gemm_rebased, rebase, rebase_rows
+from .rebase import REBASED_ACTIVATIONS, REBASED_FORMATS, RebasedWeight, grouped_gemm_rebased, rebase, rebase_rows
 from .tensor import QuantizedTensor
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "rebase",
     "grouped_gemm_rebased",
     "RebasedWeight",
+    "REBASED_ACTIVATIONS",
     "REBASED_FORMATS",
     "ARCHITECTURES",
     "FORMATS",

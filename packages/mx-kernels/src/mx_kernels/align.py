@@ -93,6 +93,8 @@ def moe_align_block_size(
     block_size: int,
     num_experts: int,
     expert_map: Tensor | None = None,  # [E_global]
+    *,
+    sort: bool = False,
 ) -> Alignment:
     """Group the T * k routed pairs by expert into blocks of ``block_size`` rows, each block of one expert.
 
@@ -103,7 +105,7 @@ def moe_align_block_size(
     A pair is dropped (appears in no block) with a negative id, with the id E (E_global with a map), or with a mapped id of
     -1. Other ids out of range: ValueError naming the first on the CPU; dropped on an accelerator, which is never waited for.
     With T * k * 4 <= E and no map nothing is sorted and each pair is its own block (``sorted_ids`` is None); on an
-    accelerator with Triton that also holds up to 64 pairs without a map.
+    accelerator with Triton that also holds up to 64 pairs without a map. ``sort=True`` sorts in these cases too.
 
     Raises ValueError for shapes, block sizes, devices and ids out of range, TypeError for dtypes.
     """
@@ -128,9 +130,8 @@ def moe_align_block_size(
         ids = ids.clamp(-1, 2**31 - 1).to(torch.int32)
     ids = ids.contiguous()
     accelerated = has_triton() and ids.device.type in ("cuda", "xpu")
-    if needs_no_sorting(ids.numel(), num_experts, expert_map) or (
-        accelerated and expert_map is None and ids.numel() <= SELF_ROUTED
-    ):
+    few = accelerated and expert_map is None and ids.numel() <= SELF_ROUTED
+    if not sort and (few or needs_no_sorting(ids.numel(), num_experts, expert_map)):
         experts = ids.flatten() if accelerated else expert_of_pair_op(ids, num_experts)
         return Alignment(ids, num_experts, block_size, None, experts, experts[:0])
     run = kernels("align").moe_align_block_size if direct(ids, expert_map) else moe_align_block_size_op

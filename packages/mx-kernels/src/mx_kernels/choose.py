@@ -17,11 +17,15 @@ class Unsupported(RuntimeError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of doing a job. ``why_not(device, problem)`` is None where it works, else the reason why it does not."""
+    """One way of doing a job. ``why_not(device, problem)`` is None where it works, else the reason why it does not.
+
+    opt_in: why it is never taken by "auto", only by name; None for the others.
+    """
 
     name: str
     why_not: Callable[[Any, Any], str | None]
     build: Callable[..., Any]
+    opt_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def choose(candidates: Sequence[Candidate], device: Any, problem: Any, requested
         return Choice(wanted)
     rejected: list[tuple[str, str]] = []
     for candidate in candidates:
-        reason = candidate.why_not(device, problem)
+        reason = candidate.why_not(device, problem) or candidate.opt_in
         if reason is None:
             return Choice(candidate, tuple(rejected))
         rejected.append((candidate.name, reason))

@@ -5,6 +5,7 @@ from .experts.emulation import EmulationExperts
 from .experts.fused import FusedExperts
 from .experts.native import NativeExperts
 from .experts.problem import Capability, Problem
+from .experts.rebased import RebasedExperts
 from .experts.reference import ReferenceExperts
 from .experts.seeds import (
     Mxfp8EmulationTritonExperts,
@@ -38,6 +39,7 @@ __all__ = [
     "NativeExperts",
     "Nvfp4QuantizationEmulationTritonExperts",
     "Problem",
+    "RebasedExperts",
     "ReferenceExperts",
     "Router",
     "Routing",

@@ -19,16 +19,19 @@ from .experts.emulation import EmulationExperts
 from .experts.fused import FusedExperts
 from .experts.native import NATIVE_INPUTS, NativeExperts
 from .experts.problem import FEATURES, Problem
+from .experts.rebased import OPT_IN, RebasedExperts
 from .experts.reference import ReferenceExperts
 
 _SILU = Activation("silu")
 
 EXPERT_CLASSES: dict[str, type[ExpertsBase]] = {
-    c.name: c for c in (NativeExperts, FusedExperts, EmulationExperts, ReferenceExperts)
+    c.name: c for c in (NativeExperts, RebasedExperts, FusedExperts, EmulationExperts, ReferenceExperts)
 }
 
-EXPERT_BACKENDS: tuple[Candidate, ...] = tuple(Candidate(c.name, c.why_not, c) for c in EXPERT_CLASSES.values())
-"""In order of preference."""
+EXPERT_BACKENDS: tuple[Candidate, ...] = tuple(
+    Candidate(c.name, c.why_not, c, OPT_IN if c is RebasedExperts else None) for c in EXPERT_CLASSES.values()
+)
+"""In order of preference; "rebased" only by name."""
 
 
 def select_backend(
@@ -36,7 +39,7 @@ def select_backend(
 ) -> Choice:
     """The backend for ``problem`` on ``device`` (None: the current accelerator, else the CPU), with every rejection's reason.
 
-    ``requested`` names a backend ("native", "fused", "emulation", "reference"): it is taken or refused, never replaced.
+    ``requested`` names a backend ("native", "rebased", "fused", "emulation", "reference"): it is taken or refused, never replaced.
     Raises mx_kernels.Unsupported with the reasons, ValueError for an unknown name.
     """
     if not isinstance(device, Device):

@@ -69,10 +69,12 @@ def moe_align_block_size(
     block_size: int,
     num_experts: int,
     expert_map: Tensor | None = None,  # [E_global]
+    *,
+    sort: bool = False,
 ) -> Alignment:
     """Group pairs by expert into blocks of ``block_size``; see ``mx_kernels.moe_align_block_size``."""
     ids = ids.to(torch.int32)
-    if needs_no_sorting(ids.numel(), num_experts, expert_map):
+    if not sort and needs_no_sorting(ids.numel(), num_experts, expert_map):
         experts = local_experts(ids, num_experts, None).to(torch.int32)
         return Alignment(ids, num_experts, block_size, None, experts, experts[:0])
     sorted_ids, expert_ids, num_padded = aligned(ids, block_size, num_experts, expert_map)

@@ -98,12 +98,7 @@ def fused_moe(
     dtype, k = x.dtype, routing.top_k
     row_weight: Tensor | None = routing.weights.reshape(-1)
     if weight_on_input:
-        if k != 1:
-            raise ValueError(
-                f"the router weight can be applied to the input with one expert a token only, but routing has {k}: "
-                "x would need a different weight for each of them"
-            )
-        x = (x.float() * routing.weights).to(dtype)
+        x = weighted_input(x, routing)
         row_weight = None
     rows = mk.block_size(routing.ids.numel(), weights.num_experts, x.device)
     tiles = ops.moe_align_block_size(routing.ids, rows, weights.num_experts, weights.expert_map)
@@ -129,6 +124,16 @@ def fused_moe(
         out_dtype=pair_dtype or dtype,
     )
     return ops.combine(y, tiles, out_dtype=dtype)  # type: ignore[no-any-return]
+
+
+def weighted_input(x: Tensor, routing: Routing) -> Tensor:  # [T, H]
+    """x * routing weight; ValueError unless each token has one expert."""
+    if routing.top_k != 1:
+        raise ValueError(
+            f"the router weight can be applied to the input with one expert a token only, but routing has {routing.top_k}: "
+            "x would need a different weight for each of them"
+        )
+    return (x.float() * routing.weights).to(x.dtype)
 
 
 class ExpertsBase:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mx_kernels as mk
 import mx_quant as mq
-from mx_kernels import QuantizedTensor
+from mx_kernels import Activation, QuantizedTensor
 from mx_quant import ExpertWeights
 
 from ..routing import Routing
@@ -40,16 +40,11 @@ class FusedExperts(ExpertsBase):
         return cls.capability.why_not(problem)
 
     def _bind(self, weights: ExpertWeights) -> None:
-        if self.activation.layout == "interleaved":  # the packing brings gate and up together by itself
-            weights = replace(
-                weights,
-                w13=_concatenated(weights.w13),
-                w13_bias=None if weights.w13_bias is None else mq.deinterleave(weights.w13_bias, 1),
-            )
-            self.activation = replace(self.activation, layout="concatenated")
-        self._w13 = mk.pack(weights.w13, gated=self.activation.gated)
+        w13, bias = concatenated(weights, self.activation)  # the packing brings gate and up together by itself
+        self.activation = replace(self.activation, layout="concatenated")
+        self._w13 = mk.pack(w13, gated=self.activation.gated)
         self._w2 = mk.pack(weights.w2)
-        self._w13_bias, self._w2_bias = weights.w13_bias, weights.w2_bias
+        self._w13_bias, self._w2_bias = bias, weights.w2_bias
         self._input_format_and_scales = weights.input_format, weights.w13_input_scale, weights.w2_input_scale
 
     @property
@@ -74,8 +69,15 @@ class FusedExperts(ExpertsBase):
         )
 
 
-def _concatenated(w: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:  # [E, 2I, H]
-    """Interleaved gate and up rows as two halves."""
-    if isinstance(w, QuantizedTensor):
-        return w.map(lambda t: mq.deinterleave(t, 1) if t.ndim > 1 else t)
-    return mq.deinterleave(w, 1)
+def concatenated(
+    weights: ExpertWeights, activation: Activation
+) -> tuple[Tensor | QuantizedTensor, Tensor | None]:  # [E, 2I, H], [E, 2I]
+    """w13 and its bias with gate and up as two halves, whatever the activation's layout is."""
+    w13, bias = weights.w13, weights.w13_bias
+    if activation.layout == "concatenated":
+        return w13, bias
+    if isinstance(w13, QuantizedTensor):
+        w13 = w13.map(lambda t: mq.deinterleave(t, 1) if t.ndim > 1 else t)
+    else:
+        w13 = mq.deinterleave(w13, 1)
+    return w13, None if bias is None else mq.deinterleave(bias, 1)

@@ -1,0 +1,111 @@
+"""Re-based experts: MXFP8 inputs x MXFP8, MXFP6 or MXFP4 weights on Hopper's FP8 matrix units, which know no block scales.
+
+The block scales of a weight row, and of a token, are folded into its E4M3 codes under one power of two (``mx_kernels.rebase``).
+That changes codes that become subnormal, so it is never chosen by itself: ask for ``backend="rebased"``. ``exactness`` says what
+it did to the weights; ``promote=False`` on the class's ``accumulate`` leaves sums in the matrix unit, which keeps about 14 bits.
+
+    tiles = align(ids); x -> rebase_rows, gathered; GEMM 1, activation; h -> rebase_rows; GEMM 2 x routing weight; combine
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import mx_kernels as mk
+from mx_kernels import Epilogue, QuantizedTensor
+from mx_quant import ExpertWeights
+
+from ..routing import Routing
+from .base import ExpertsBase, triton_reason, weighted_input
+from .fused import concatenated
+from .problem import Capability, Problem
+
+OPT_IN = "opt-in: it changes small codes (backend='rebased'; the weights' share is stated in .exactness)"
+
+
+class RebasedExperts(ExpertsBase):
+    """MXFP8 inputs x re-based weights. Holds E4M3 codes: one byte a weight, also for MXFP4 and MXFP6.
+
+    promote: sum in float32 every 128 along K (default). False is faster and adds an error of about bf16's rounding.
+    """
+
+    name = "rebased"
+    capability = Capability(
+        weights=tuple(f.name for f in mk.REBASED_FORMATS),
+        inputs=("mxfp8_e4m3",),
+        kinds=mk.REBASED_ACTIVATIONS,
+        gated=(True,),
+        features=("bias", "expert_map", "router_weight_on_input", "shared_experts"),
+        dtypes=(torch.bfloat16, torch.float16),
+    )
+    promote: ClassVar[bool] = True
+
+    @classmethod
+    def why_not(cls, device: mk.Device, problem: Problem) -> str | None:
+        """Needs FP8 matrix units and no block scales in hardware: sm90."""
+        if device.arch.name != "sm90":
+            return f"it is made for sm90, whose FP8 matrix units have no block scales; this is {device}"
+        reason = triton_reason(device, "it runs in a Triton kernel")
+        return reason or cls.capability.why_not(problem)
+
+    def _bind(self, weights: ExpertWeights) -> None:
+        w13, bias = concatenated(weights, self.activation)
+        assert isinstance(w13, QuantizedTensor)
+        assert isinstance(weights.w2, QuantizedTensor)
+        self.activation = replace(self.activation, layout="concatenated")
+        self._w13, self._w2 = mk.rebase(w13, gated=True), mk.rebase(weights.w2)
+        self._w13_bias, self._w2_bias = bias, weights.w2_bias
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """Not kept: re-basing may have changed codes, so the canonical weights cannot be made again."""
+        raise mk.Unsupported(
+            "re-based experts do not keep the canonical weights: keep the ExpertWeights they were made from"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the re-based weights."""
+        return self._w13.nbytes + self._w2.nbytes
+
+    @property
+    def exactness(self) -> dict[str, dict[str, float]]:
+        """Share of the weights that changed, and their relative error, of both GEMMs."""
+        return {name: {"changed": w.changed, "error": w.error} for name, w in (("w13", self._w13), ("w2", self._w2))}
+
+    def __call__(self, x: Tensor, routing: Routing) -> Tensor:  # [T, H] -> [T, H]
+        """The weighted sum over each token's experts, in x's dtype. Raises like every class of experts."""
+        self._check(x, routing)
+        weight: Tensor | None = routing.weights.reshape(-1)
+        if self.router_weight_on_input:
+            x, weight = weighted_input(x, routing), None
+        rows = rows_per_block(routing.ids.numel(), self.num_experts)
+        tiles = mk.moe_align_block_size(routing.ids, rows, self.num_experts, self.expert_map, sort=True)
+        h = mk.grouped_gemm_rebased(
+            mk.rebase_rows(x, tiles, top_k=routing.top_k, gather=True),
+            self._w13,
+            tiles,
+            epilogue=Epilogue(self._w13_bias, self.activation),
+            promote=self.promote,
+            out_dtype=x.dtype,
+        )
+        y = mk.grouped_gemm_rebased(
+            mk.rebase_rows(h, tiles),
+            self._w2,
+            tiles,
+            epilogue=Epilogue(self._w2_bias, row_weight=weight),
+            scatter=True,
+            promote=self.promote,
+            out_dtype=x.dtype,
+        )
+        return mk.combine(y, tiles, out_dtype=x.dtype)
+
+
+def rows_per_block(pairs: int, num_experts: int) -> int:
+    """Tokens a block by the mean number of rows an expert gets; measured on an H200 (docs/performance.md)."""
+    mean = pairs / num_experts
+    return 128 if mean > 96 else 64 if mean > 20 else 32 if mean > 10 else 16

@@ -210,7 +210,7 @@ def _open(folder: Path, file: str) -> int:
     try:
         fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise ValueError(f"the shard {file} is missing from {folder}: download it again") from None
+        raise ValueError(f"{file} is missing from {folder}: download it again") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise ValueError(f"{path} is not a regular file")
@@ -265,6 +265,7 @@ class ShardReader:
                 self._add(file)
             if weight_map is not None:
                 self._check_index(weight_map)
+            self.opened = self.stamps()
         except BaseException:
             self.close()
             raise
@@ -370,6 +371,15 @@ class ShardReader:
         """
         _pread(self._fds[info.file], bytes_of(out), info.start + offset, info.file)
 
+    def get(self, name: str, expert: int | None = None) -> Tensor:
+        """All of a tensor, or entry ``expert`` of its first dimension alone: what layouts read through."""
+        return self.read(name) if expert is None else self.read(name, slice(expert, expert + 1))[0]
+
+    def stamps(self) -> list[tuple[int, int]]:
+        """(size, modification time in ns) of each file as it is now."""
+        found = [os.fstat(fd) for fd in self._fds.values()]
+        return [(s.st_size, s.st_mtime_ns) for s in found]
+
     def close(self) -> None:
         """Close the files."""
         while self._fds:
@@ -385,14 +395,12 @@ class ShardReader:
 
 
 def read_small(path: Path, limit: int = JSON_LIMIT) -> bytes:
-    """The bytes of a regular file of at most ``limit`` bytes; ValueError otherwise."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    """The bytes of a regular file of at most ``limit`` bytes that lies in its folder; ValueError otherwise."""
+    fd = _open(path.parent, path.name)
     try:
-        s = os.fstat(fd)
-        if not stat.S_ISREG(s.st_mode):
-            raise ValueError(f"{path} is not a regular file")
-        if s.st_size > limit:
-            raise ValueError(f"{path} has {s.st_size} bytes; {limit} is the limit")
-        return _pread_bytes(fd, s.st_size, 0, str(path))
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise ValueError(f"{path} has {size} bytes; {limit} is the limit")
+        return _pread_bytes(fd, size, 0, str(path))
     finally:
         os.close(fd)

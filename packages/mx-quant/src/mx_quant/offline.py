@@ -1,0 +1,440 @@
+"""Quantize a checkpoint on disk: stream it through a few buffers into a staged output, whatever its size.
+
+A run is planned from the headers (``plan.py``), then worker threads take bundles of it: read bytes, quantize rows that share
+K in one call, write each tensor to its place in its shard. Every offset is known from the start, so the order in which
+workers finish does not show in the output. See ``staging.py`` for what a kill, a full disk or a second run leave behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mx_kernels as mk
+from mx_kernels import Format, ScaleRule
+
+from .engine import Progress, Quantizer, run_tasks
+from .layouts import (
+    LAYOUTS,
+    Layout,
+    Target,
+    TensorInfo,
+    WeightRef,
+    assemble_plain,
+    classify,
+    detect_layout,
+    family_of,
+    get_layout,
+    plain_refs,
+    plan_plain,
+    read_plain,
+    regroup,
+    write_plain,
+)
+from .plan import (
+    CONFIG_FILES,
+    MATRICES,
+    bundles,
+    grouping_of,
+    key_nbytes,
+    pack,
+    read_configs,
+    read_infos,
+    select,
+    source_hash,
+)
+from .shards import INDEX, ShardReader, read_small
+from .staging import MANIFEST, Staging, check_places
+from .writer import Shard, ShardWriter, TensorSpec, plan_shards
+
+_BUNDLE = 12 << 20  # bytes of source in a worker's buffer: large enough to make calls cheap, small enough for caches
+_SMALLEST = 1 << 20
+_WORKING_SET = 14  # bytes that quantizing takes at most, in units of the bytes in the buffer
+_MARGIN = 48 << 20  # allocator slack and what imports that come late add
+_WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did, or with ``dry_run`` would do.
+
+    weights_quantized, parameters_quantized: matrices (an expert of a fused tensor counts as one) and their elements;
+    coverage: parameters_quantized / parameters. expert_coverage: the same among expert weights (1.0 without experts).
+    skipped: (name, reason) of every matrix left in full precision. resumed: shards that were complete before.
+    """
+
+    src: str
+    out: str
+    format: str
+    rule: str
+    layout: str
+    weights_quantized: int
+    parameters: int
+    parameters_quantized: int
+    expert_parameters: int
+    expert_parameters_quantized: int
+    bytes_in: int
+    bytes_out: int
+    shards: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    source_hash: str
+    dry_run: bool = False
+    resumed: int = 0
+    seconds: float = 0.0
+
+    @property
+    def coverage(self) -> float:
+        """The share of all parameters that is quantized."""
+        return self.parameters_quantized / max(1, self.parameters)
+
+    @property
+    def expert_coverage(self) -> float:
+        """The share of expert parameters that is quantized."""
+        return self.expert_parameters_quantized / self.expert_parameters if self.expert_parameters else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        skipped = [{"name": n, "reason": why} for n, why in self.skipped]
+        more = {"coverage": self.coverage, "expert_coverage": self.expert_coverage, "skipped": skipped}
+        return asdict(self) | {"shards": list(self.shards)} | more
+
+    def __str__(self) -> str:
+        verb = "would quantize" if self.dry_run else "quantized"
+        lines = [
+            f"{verb} {self.weights_quantized} weights to {self.format} ({self.rule}), layout {self.layout}: "
+            f"{100 * self.coverage:.2f}% of {self.parameters:,} parameters"
+            + (f", {100 * self.expert_coverage:.2f}% of expert parameters" if self.expert_parameters else ""),
+            f"{self.bytes_in / 1e9:.3f} GB -> {self.bytes_out / 1e9:.3f} GB in {len(self.shards)} shard(s)"
+            + (
+                ""
+                if self.dry_run
+                else f", {self.seconds:.2f} s, {self.bytes_in / 1e9 / max(1e-9, self.seconds):.2f} GB/s"
+            ),
+        ]
+        if self.resumed:
+            lines.append(f"{self.resumed} shard(s) were complete already")
+        lines += [f"  left as it is: {name}: {why}" for name, why in self.skipped[:20]]
+        if len(self.skipped) > 20:
+            lines.append(f"  ... and {len(self.skipped) - 20} more")
+        return "\n".join(lines)
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes from 4294967296, "4GiB", "500MB", "64k" ...; ValueError otherwise."""
+    if isinstance(text, int):
+        return text
+    units = {"": 1, "b": 1}
+    for i, u in enumerate("kmgt"):
+        units |= {u: 1024 ** (i + 1), f"{u}ib": 1024 ** (i + 1), f"{u}b": 1000 ** (i + 1)}
+    digits = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz").strip()
+    unit = text.strip().lower()[len(digits) :].strip()
+    try:
+        found = float(digits) * units[unit]
+        if not math.isfinite(found) or found < 1:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ValueError(f"{text!r} is not a number of bytes: write 4GiB, 500MB or 4294967296") from None
+    return int(found)
+
+
+def quantize_checkpoint(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: Format | str,
+    *,
+    layout: Layout | str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_unquantized_experts: Sequence[str] = (),
+    rule: ScaleRule | str | None = None,
+    search: bool = False,
+    activations: bool = False,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_memory: int | str = "4GiB",
+    max_shard_size: int | str = "5GB",
+    device: str | torch.device = "cpu",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Quantize the bf16, fp16 or fp32 safetensors checkpoint ``src`` (a folder) into the new folder ``out``.
+
+    layout: a row of LAYOUTS (None: the first that holds the format). include, exclude: shell patterns on weight names; by
+        default linears of attention and MLPs and all experts are quantized, and embeddings, lm_head, norms and routers are not.
+    allow_unquantized_experts: patterns of expert weights that may stay in full precision; others that would are an error.
+    rule: scale rule, None for the format's default; search=True is rule="search". activations: the config asks readers to
+        quantize activations too (MX formats, whose activation scales are dynamic).
+    dry_run: only plan. resume: continue what an interrupted run left. overwrite: replace ``out``.
+    max_memory: of the whole process, at its peak. max_shard_size: of an output file. jobs: worker threads, None for one per CPU.
+
+    NVFP4: q, k and v, and gate and up, share one global scale, the smallest at least amax / 2688 whose reciprocal has an
+    exact reciprocal, so that layouts that store divisors lose nothing.
+
+    The source is never written to; ``out`` appears when it is complete. Raises ValueError for whatever is wrong with the
+    source (a weight that is not finite is named with its first index) or with the arguments, OSError when the disk fails.
+    """
+    start = time.perf_counter()
+    src_path, out_path = Path(src), Path(out)
+    check_places(src_path, out_path)
+    f = mk.get_format(format)
+    if search and rule is not None:
+        raise ValueError(f"search=True is the rule 'search', but the rule {str(rule)!r} was given too: choose one")
+    rule = f.check_rule(ScaleRule.SEARCH if search else rule)
+    lay = _layout_for(f, layout)
+    if activations and (f not in lay.activations or f.has_global_scale):
+        raise ValueError(
+            f"layout {lay.name} cannot ask for {f} activations without calibrated scales: leave activations=False"
+        )
+    with ShardReader(src_path) as reader:
+        job = _plan(
+            reader, f, rule, lay, include, exclude, allow_unquantized_experts, activations, parse_bytes(max_shard_size)
+        )
+        summary = replace(job.summary, src=str(src_path), out=str(out_path), dry_run=dry_run)
+        if dry_run:
+            return summary
+        limit, workers = _fit(parse_bytes(max_memory), jobs, job)
+        with Staging(out_path, job.fingerprint, _witness(reader), resume=resume, overwrite=overwrite) as staging:
+            if not staging.complete:
+                files = job.files
+                staging.begin(job.shards, sum(s.nbytes for s in job.shards) + sum(map(len, files.values())))
+                resumed = len(staging.finished)
+                work = bundles(reader, job.targets, job.sources, job.copies, joint=f.has_global_scale, limit=limit)
+                with ShardWriter(staging.path, job.shards, done=staging.finished, on_shard=staging.record) as writer:
+                    write_biases(reader, writer, job.biases, job.sources)
+                    run = Quantizer(reader, writer, lay, f, rule, job.sources, work, torch.device(device))
+                    run_tasks(pack(work, limit), run, workers, progress)
+                    writer.finish()
+                check_unchanged(reader)
+                staging.commit(files | {MANIFEST: manifest(job.fingerprint, staging.finished)})
+            else:
+                resumed = len(job.shards)
+    return replace(summary, resumed=resumed, seconds=time.perf_counter() - start)
+
+
+def _layout_for(format: Format, layout: Layout | str | None) -> Layout:
+    if layout is None:
+        found = next((row for row in LAYOUTS.values() if format in row.formats and "linear" in row.kinds), None)
+        if found is None:
+            raise ValueError(f"no layout holds {format}")
+        return found
+    row = get_layout(layout) if isinstance(layout, str) else layout
+    if format not in row.formats:
+        fitting = [r.name for r in LAYOUTS.values() if format in r.formats]
+        raise ValueError(
+            f"layout {row.name} holds {', '.join(f.name for f in row.formats)}, not {format}; {format} goes into "
+            f"{', '.join(fitting) or 'none'}"
+        )
+    return row
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A planned run: what is made of what, and every file of the output."""
+
+    targets: tuple[Target, ...]
+    biases: tuple[Target, ...]
+    sources: dict[str, WeightRef]
+    copies: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    files: dict[str, bytes]
+    fingerprint: dict[str, Any]
+    summary: Summary
+    largest: int  # bytes of the largest matrix that cannot be cut
+
+
+def _plan(
+    reader: ShardReader,
+    format: Format,
+    rule: ScaleRule,
+    layout: Layout,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    allow: Sequence[str],
+    activations: bool,
+    max_shard: int,
+) -> _Job:
+    configs, infos = read_configs(reader.folder), read_infos(reader)
+    found = detect_layout(configs, infos)
+    if found is not None:
+        raise ValueError(
+            f"{reader.folder} is quantized already (layout {found.name}): use convert for another layout, or dequantize first"
+        )
+    config = configs.get("config.json", {})
+    refs = plain_refs(config, infos)
+    selection = select(refs, infos, layout, format, include=include, exclude=exclude, allow_unquantized_experts=allow)
+    chosen = {r.name: replace(r, format=format, rule=rule) for r in selection.chosen}
+    biases = [r for r in refs if r.kind not in MATRICES and _owner(r.name) in {_owner(n) for n in chosen}]
+    family, grouping = family_of(config, infos), grouping_of(layout)
+    targets = regroup(list(chosen.values()), grouping, family)
+    bias_targets = [] if grouping is None else regroup(biases, grouping, family)
+    sources = {r.name: r for r in refs}
+    moved = {p.name for t in bias_targets for row in t.rows for p in row}
+    first: dict[str, list[TensorSpec]] = {}
+    places: dict[str, int] = {name: i for i, name in enumerate(reader.tensors)}
+    out_refs = []
+    for target in targets:
+        out_refs.append(target.ref)
+        key = min(target.sources, key=places.__getitem__)
+        first.setdefault(key, []).extend(_specs(layout.plan(target.ref)))
+    for target in bias_targets:
+        key = min(target.sources, key=places.__getitem__)
+        first.setdefault(key, []).extend(_specs(plan_plain(target.ref, infos[target.sources[0]].dtype)))
+    specs: list[TensorSpec] = []
+    copies = []
+    for name, info in infos.items():
+        if name not in chosen and name not in moved:
+            copies.append(name)
+            first[name] = [TensorSpec(name, info.dtype, tuple(info.shape))]
+        specs += first.get(name, [])
+    digest = source_hash(reader)
+    version = importlib.metadata.version("mx-quant")
+    provenance = {
+        "version": version,
+        "format": format.name,
+        "rule": rule.value,
+        "layout": layout.name,
+        "source_sha256": digest,
+    }
+    metadata = {"format": "pt"} | {f"mx_quant.{k}": v for k, v in provenance.items()}
+    shards = plan_shards(specs, max_shard, metadata)
+    infos_out = {s.name: TensorInfo(s.dtype, s.shape) for s in specs}
+    named = [replace(r, tensors=tuple(layout.plan(r))) for r in out_refs]
+    new_configs = layout.config(configs, named, infos_out, activations=activations)
+    files = small_files(reader.folder) | {
+        name: (json.dumps(text | ({"mx_quant": provenance} if name == "config.json" else {}), indent=2) + "\n").encode()
+        for name, text in (configs | new_configs).items()
+    }
+    fingerprint = provenance | {
+        "include": sorted(include),
+        "exclude": sorted(exclude),
+        "activations": activations,
+        "shards": _digest(s.head for s in shards),
+        "files": _digest(x for n in sorted(files) for x in (n.encode(), files[n])),
+    }
+    sizes = {n: math.prod(i.shape) for n, i in infos.items()}
+    experts = [r for r in refs if r.kind in ("expert", "fused_expert")]
+    summary = Summary(
+        src="", out="", format=format.name, rule=rule.value, layout=layout.name,
+        weights_quantized=sum(r.experts or 1 for r in selection.chosen),
+        parameters=sum(sizes.values()),
+        parameters_quantized=sum(sizes[n] for n in chosen),
+        expert_parameters=sum(sizes[r.name] for r in experts),
+        expert_parameters_quantized=sum(sizes[r.name] for r in experts if r.name in chosen),
+        bytes_in=sum(reader.sizes.values()),
+        bytes_out=sum(s.nbytes for s in shards),
+        shards=tuple(s.file for s in shards),
+        skipped=selection.skipped,
+        source_hash=digest,
+    )  # fmt: skip
+    largest = _largest(reader, targets)
+    return _Job(
+        tuple(targets), tuple(bias_targets), sources, tuple(copies), shards, files, fingerprint, summary, largest
+    )
+
+
+def _owner(name: str) -> str:
+    """The experts module that a weight or bias belongs to."""
+    return classify(name).experts
+
+
+def _specs(plan: Mapping[str, TensorInfo]) -> list[TensorSpec]:
+    return [TensorSpec(name, info.dtype, tuple(info.shape)) for name, info in plan.items()]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(len(part).to_bytes(8, "little"))
+        h.update(part)
+    return h.hexdigest()
+
+
+def _largest(reader: ShardReader, targets: Sequence[Target]) -> int:
+    """Bytes of the largest matrix that is only quantized whole: an expert of a fused tensor, or one joined from several."""
+    whole = [row for t in targets if t.ref.experts is not None or t.rows[0][0].expert is not None for row in t.rows]
+    return max((sum(key_nbytes(reader, (p.name, p.expert)) for p in row) for row in whole), default=0)
+
+
+def write_biases(
+    reader: ShardReader, writer: ShardWriter, targets: Sequence[Target], sources: Mapping[str, WeightRef]
+) -> None:
+    """Write expert biases that are stored in another grouping than the source's."""
+
+    def read(name: str, expert: int | None) -> Tensor:
+        return read_plain(sources[name], reader.get, expert=expert)
+
+    for target in targets:
+        for name, x in write_plain(target.ref, assemble_plain(target, read)).items():
+            if writer.needs(name):
+                writer.write(name, x)
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """The other files of a checkpoint folder, which an output takes along: tokenizer, generation config, code ..."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name.startswith(".") or name in (*CONFIG_FILES, MANIFEST, INDEX) or name.endswith(_WEIGHT_SUFFIXES):
+            continue
+        if path.is_file():
+            found[name] = read_small(path)
+    return found
+
+
+def manifest(fingerprint: Mapping[str, Any], crc: Mapping[str, Mapping[str, int]]) -> bytes:
+    """The bytes of ``mx_quant.json``: what made this output, and the CRC-32 of every tensor by file."""
+    ordered = {file: crc[file] for file in sorted(crc)}
+    return (json.dumps({"fingerprint": fingerprint, "crc32": ordered}, indent=1) + "\n").encode()
+
+
+def _witness(reader: ShardReader) -> dict[str, Any]:
+    return {"source_times": [[s, t] for s, t in reader.stamps()]}
+
+
+def check_unchanged(reader: ShardReader) -> None:
+    """Raise ValueError if a source file changed since it was opened."""
+    changed = [f for f, (size, _) in zip(reader.files, reader.stamps(), strict=True) if size != reader.sizes[f]]
+    if changed or reader.stamps() != reader.opened:
+        raise ValueError(
+            f"the source changed during the run ({', '.join(changed) or reader.folder}): run again on a source at rest"
+        )
+
+
+def resident() -> int:
+    """Bytes of this process in memory (0 where the system does not say)."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _fit(max_memory: int, jobs: int | None, job: _Job) -> tuple[int, int]:
+    """Bytes of source in one buffer and worker threads that keep the process within ``max_memory``."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = cpus if jobs is None else jobs
+    if wanted < 1:
+        raise ValueError(f"jobs is {wanted}, needs at least 1")
+    base = resident() + _MARGIN
+    smallest = max(_SMALLEST, job.largest)
+    for workers in range(wanted, 0, -1):
+        each = (max_memory - base) // (workers * (_WORKING_SET + 1))
+        if each >= smallest:
+            return max(min(each, _BUNDLE), smallest), workers
+    need = base + smallest * (_WORKING_SET + 1)
+    raise ValueError(
+        f"max_memory is {max_memory >> 20} MiB, but {need >> 20} MiB are needed: {base >> 20} MiB for the process and "
+        f"{smallest * (_WORKING_SET + 1) >> 20} MiB to quantize a matrix of {smallest >> 20} MiB"
+    )

@@ -15,6 +15,18 @@ from .linear import (
     OfflineLinearMethod,
     OnlineLinearMethod,
 )
+from .moe_method import (
+    GPT_OSS_ACTIVATION,
+    Mxfp4MoEMethod,
+    Mxfp4OnlineMoEMethod,
+    Mxfp6OnlineMoEMethod,
+    Mxfp8MoEMethod,
+    Mxfp8OnlineMoEMethod,
+    Nvfp4MoEMethod,
+    Nvfp4OnlineMoEMethod,
+    OfflineMoEMethod,
+    OnlineMoEMethod,
+)
 from .scheme import (
     NVFP4_W4A4,
     NVFP4_W4A16,
@@ -32,6 +44,7 @@ from .scheme import (
 )
 
 __all__ = [
+    "GPT_OSS_ACTIVATION",
     "NVFP4_W4A16",
     "NVFP4_W4A4",
     "SCHEMES",
@@ -48,14 +61,23 @@ __all__ = [
     "LinearMethod",
     "MxLinear",
     "Mxfp4LinearMethod",
+    "Mxfp4MoEMethod",
     "Mxfp4OnlineLinearMethod",
+    "Mxfp4OnlineMoEMethod",
     "Mxfp6OnlineLinearMethod",
+    "Mxfp6OnlineMoEMethod",
     "Mxfp8LinearMethod",
+    "Mxfp8MoEMethod",
     "Mxfp8OnlineLinearMethod",
+    "Mxfp8OnlineMoEMethod",
     "Nvfp4LinearMethod",
+    "Nvfp4MoEMethod",
     "Nvfp4OnlineLinearMethod",
+    "Nvfp4OnlineMoEMethod",
     "OfflineLinearMethod",
+    "OfflineMoEMethod",
     "OnlineLinearMethod",
+    "OnlineMoEMethod",
     "Scheme",
     "check_finite",
     "deinterleave",

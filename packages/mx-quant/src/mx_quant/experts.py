@@ -71,7 +71,7 @@ class ExpertWeights:
                     raise ValueError(f"{name} has shape {tuple(bias.shape)}, needs {want}")
         for name in ("w13_input_scale", "w2_input_scale"):
             self._check_input_scale(name, getattr(self, name))
-        for name, t in self._named_tensors():
+        for name, t in self.named_tensors():
             if t.device != a.device:
                 raise ValueError(f"{name} is on {t.device} and w13 on {a.device}: move all to one device")
 
@@ -94,7 +94,8 @@ class ExpertWeights:
         if tuple(scale.shape) not in ((), (self.num_experts,)):
             raise ValueError(f"{name} has shape {tuple(scale.shape)}, needs [] or [{self.num_experts}]")
 
-    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of everything there is: "w13", "w13_scale", "w13_global_scale", "w2" .. "w13_bias" .."""
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, QuantizedTensor):
@@ -140,7 +141,7 @@ class ExpertWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(t.nbytes for _, t in self._named_tensors())
+        return sum(t.nbytes for _, t in self.named_tensors())
 
     def map(self, f: Callable[[Tensor], Tensor]) -> ExpertWeights:
         """Apply ``f`` to each of its tensors."""
@@ -171,13 +172,13 @@ class ExpertWeights:
         index = _order(order, self.num_experts, self.device)
         if index.numel() != self.num_experts:
             raise ValueError(f"order has {index.numel()} entries, needs one per expert, {self.num_experts}")
-        for _, t in self._named_tensors():
+        for _, t in self.named_tensors():
             if t.ndim:
-                storage.as_bytes(t).copy_(_select(storage.as_bytes(t), index))
+                storage.as_bytes(t).copy_(storage.as_bytes(_select(t, index)))
 
     def copy_(self, other: ExpertWeights) -> None:
         """Write ``other`` into the memory these weights have (pointers stay, for captured graphs); ValueError unless it fits."""
-        mine, given = dict(self._named_tensors()), dict(other._named_tensors())
+        mine, given = dict(self.named_tensors()), dict(other.named_tensors())
         if mine.keys() != given.keys():
             raise ValueError(
                 f"these weights have {', '.join(mine)}, the new ones {', '.join(given)}: both need the same"
@@ -279,7 +280,7 @@ class ExpertBuilder:
             raise ValueError(
                 f"{name}: gate and up share one {f} global scale: pass global_scale=joint_global_scale(both)"
             )
-        if part == "gate_up" and _check_layout(layout) == "interleaved":
+        if part == "gate_up" and check_row_layout(layout) == "interleaved":
             weight = deinterleave(weight, 0)
         to = target.device
         q = quantize_finite(
@@ -326,7 +327,7 @@ def quantize_experts(
     scheme = get_scheme(scheme)
     plain = ExpertWeights(w13, w2, w13_bias, w2_bias)  # checks shapes, dtypes and devices
     check_loaded(f"{name}.w13", w13)
-    if _check_layout(layout) == "interleaved" and not plain.gated:
+    if check_row_layout(layout) == "interleaved" and not plain.gated:
         raise ValueError(
             f"{name}: layout is interleaved, but w13 {tuple(w13.shape)} has no gate rows beside w2 {tuple(w2.shape)}"
         )
@@ -376,7 +377,8 @@ def check_expert_sizes(num_experts: int, hidden_size: int, intermediate_size: in
     format.check_k(intermediate_size, "intermediate_size")
 
 
-def _check_layout(layout: str) -> str:
+def check_row_layout(layout: str) -> str:
+    """``layout``, if it is one of LAYOUTS; else ValueError."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r} of gate and up rows; there are {', '.join(LAYOUTS)}")
     return layout

@@ -34,15 +34,15 @@ def linear(
 
     ``input_scale``: float32 [] for NVFP4 activations, else from ``x`` itself. Raises what ``mx_kernels.gemm`` raises.
     """
-    operand = scheme.quantize_input(x, input_scale)
+    operand = scheme.quantize_input(x if x.stride(-1) == 1 else x.contiguous(), input_scale)
     return mk.gemm(operand, weight, epilogue=mk.Epilogue(bias=bias), out_dtype=x.dtype)  # type: ignore[return-value]
 
 
 class MxLinear(nn.Module):
     """A linear layer whose weight is quantized: ``weight`` (codes), ``weight_scale`` and, for NVFP4, ``weight_global_scale``.
 
-    Made by ``from_linear`` or ``from_quantized``; made by its constructor it waits for ``load_state_dict``, and gives NaN
-    until then. ``dtype`` is what the weight dequantizes to. ``.to(dtype)`` and ``.half()`` leave codes and scales as they
+    Made by ``from_linear`` or ``from_quantized``; made by its constructor it waits for ``load_state_dict``: its scales
+    are NaN until then. ``dtype`` is what the weight dequantizes to. ``.to(dtype)`` and ``.half()`` leave codes and scales as they
     are. ``input_scale`` (float32 [] buffer or None) is the calibrated global scale of NVFP4 activations.
     """
 
@@ -75,9 +75,9 @@ class MxLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.scheme = Scheme(weight.format, scheme.activation, weight.rule)
         self.dtype = weight.dtype
-        if bias is not None and not isinstance(bias, nn.Parameter):
-            bias = nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", bias)
+        # shares the memory, not the Parameter: the source may want gradients, this layer has none to give
+        own = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", own)
         storage.attach(self, "weight", weight)
         self.register_buffer("input_scale", input_scale)
         self._quantized = weight

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import mx_kernels as mk
+import mx_quant as mq
+
+FORMATS = list(mk.FORMATS.values())
+
+
+def same(a: mk.QuantizedTensor, b: mk.QuantizedTensor) -> bool:
+    """Bit-equal: codes, scales and global scales."""
+    pairs = [(a.data, b.data), (a.scale, b.scale)]
+    if a.global_scale is not None or b.global_scale is not None:
+        pairs.append((a.global_scale.reshape(-1), b.global_scale.reshape(-1)))
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+
+
+def source(k=64, n=32, bias=True, dtype=torch.bfloat16):
+    return nn.Linear(k, n, bias=bias, dtype=dtype)
+
+
+# --- MxLinear ---
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_is_the_dequantized_linear(format, bias):
+    """Against ``F.linear`` in float64 on the dequantized weight; bf16 output rounding is 2^-9 relative, fp32 sums add 64 * 2^-24."""
+    linear = source(bias=bias)
+    layer = mq.MxLinear.from_linear(linear, format)
+    assert same(layer.quantized, mk.quantize(linear.weight.detach(), format))
+    x = torch.randn(2, 3, 64).bfloat16()
+    w = mk.dequantize(layer.quantized, torch.float32).double()
+    want = nn.functional.linear(x.double(), w, None if not bias else linear.bias.double())
+    got = layer(x)
+    assert got.dtype == torch.bfloat16
+    assert got.shape == (2, 3, 32)
+    scale = x.double().abs() @ w.abs().T
+    assert ((got.double() - want).abs() <= want.abs() * 2.0**-8 + scale * 2.0**-18).all()
+
+
+@pytest.mark.parametrize("name", [n for n, s in mq.SCHEMES.items() if s.activation is not None])
+def test_forward_quantizes_inputs_as_the_scheme_says(name):
+    scheme = mq.get_scheme(name)
+    layer = mq.MxLinear.from_linear(source(), scheme)
+    x = torch.randn(5, 64).bfloat16()
+    want = mk.gemm(mk.quantize(x, scheme.activation), layer.quantized, epilogue=mk.Epilogue(bias=layer.bias))
+    assert torch.equal(layer(x), want)
+    assert torch.equal(layer(x.T.contiguous().T), want)
+    plain = mq.MxLinear.from_linear(source(), scheme.weight)
+    assert not torch.equal(plain(x), want)
+
+
+def test_static_input_scale():
+    q = mk.quantize(torch.randn(32, 64).bfloat16(), mk.NVFP4)
+    layer = mq.MxLinear.from_quantized(q, None, mk.NVFP4, input_scale=torch.tensor(0.01))
+    x = torch.randn(5, 64).bfloat16()
+    want = mk.gemm(mk.quantize(x, mk.NVFP4, global_scale=torch.tensor(0.01)), q)
+    assert torch.equal(layer(x), want)
+    with pytest.raises(ValueError, match=r"input_scale is 0\.0 .* missing, zero"):
+        mq.MxLinear.from_quantized(q, None, mk.NVFP4, input_scale=torch.tensor(0.0))
+    with pytest.raises(ValueError, match="belongs to NVFP4 activations"):
+        mq.MxLinear.from_quantized(q, None, mk.MXFP8, input_scale=torch.tensor(0.01))
+    with pytest.raises(TypeError, match=r"needs float32 \[\]"):
+        mq.MxLinear.from_quantized(q, None, mk.NVFP4, input_scale=torch.ones(1))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w6a16", "w4a16", "nvfp4_w4a16"])
+def test_state_dict_round_trip(scheme, tmp_path):
+    layer = mq.MxLinear.from_linear(source(), scheme)
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    state = torch.load(tmp_path / "layer.pt", weights_only=True)
+    other = mq.MxLinear(64, 32, True, scheme)
+    assert list(other.state_dict()) == list(state)
+    pointer = other.weight.data_ptr()
+    other.load_state_dict(state)
+    assert other.weight.data_ptr() == pointer
+    assert same(other.quantized, layer.quantized)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(other(x), layer(x))
+    assigned = mq.MxLinear(64, 32, True, scheme, device="meta")
+    assigned.load_state_dict(state, assign=True)
+    assert torch.equal(assigned(x), layer(x))
+
+
+def test_state_dict_never_casts():
+    """A copy of bf16 weights into FP8 codes has the right shape and the wrong numbers."""
+    layer = mq.MxLinear(64, 32, False, "w8a16")
+    state = layer.state_dict() | {"weight": torch.randn(32, 64).bfloat16()}
+    with pytest.raises(RuntimeError, match=r"weight is torch.bfloat16, needs torch.float8_e4m3fn .* update_weights"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "nvfp4_w4a16"])
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16)])
+def test_casts_leave_codes_and_scales_alone(scheme, cast):
+    layer = mq.MxLinear.from_linear(source(dtype=torch.float32), scheme)
+    before = layer.quantized.map(torch.clone)
+    cast(layer)
+    assert same(layer.quantized, before)
+    assert layer.bias.dtype != torch.float32
+    assert layer.weight_scale.dtype == layer.quantized.format.scale_dtype
+    moved = layer.to("meta")
+    assert moved.quantized.device.type == "meta"
+
+
+def test_type_cast_of_everything_is_refused():
+    layer = mq.MxLinear.from_linear(source(), "w8a16")
+    before = layer.quantized.map(torch.clone)
+    with pytest.raises(TypeError, match=r"codes and scales cannot become torch\.float32"):
+        layer.type(torch.float32)
+    assert same(layer.quantized, before)
+
+
+def test_copies_do_not_share_memory():
+    layer = mq.MxLinear.from_linear(source(), "nvfp4_w4a16")
+    other = copy.deepcopy(layer)
+    assert same(layer.quantized, other.quantized)
+    assert layer.quantized.data.data_ptr() != other.quantized.data.data_ptr()
+    assert other.quantized.data is other.weight
+
+
+def test_from_linear_leaves_the_source_alone():
+    linear = source()
+    before = copy.deepcopy(linear.state_dict())
+    layer = mq.MxLinear.from_linear(linear, "w4a4")
+    layer(torch.randn(2, 64).bfloat16())
+    assert all(torch.equal(before[k], v) for k, v in linear.state_dict().items())
+    assert linear.bias.requires_grad
+    assert not layer.bias.requires_grad
+    assert layer.bias.data_ptr() == linear.bias.data_ptr()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_update_weights_keeps_pointers(format):
+    layer = mq.MxLinear.from_linear(source(), format)
+    held = [t.data_ptr() for t in (*layer.buffers(), layer.bias)]
+    new = source()
+    layer.update_weights(new.weight.detach(), new.bias.detach())
+    assert held == [t.data_ptr() for t in (*layer.buffers(), layer.bias)]
+    want = mq.MxLinear.from_linear(new, format)
+    assert same(layer.quantized, want.quantized)
+    assert torch.equal(layer.bias, want.bias)
+    layer.update_weights(mk.quantize(torch.zeros(32, 64).bfloat16(), format))
+    assert mk.dequantize(layer.quantized).abs().max() == 0
+
+
+def test_update_weights_writes_nothing_when_something_is_wrong():
+    layer = mq.MxLinear.from_linear(source(), "nvfp4_w4a16")
+    before = layer.quantized.map(torch.clone)
+    bad = torch.randn(32, 64).bfloat16()
+    bad[3, 5] = torch.nan
+    unloaded = mq.MxLinear(64, 32, False, "nvfp4_w4a16").quantized
+    for weight, bias, error, match in (
+        (bad, None, ValueError, r"weight is not finite.*\(3, 5\)"),
+        (torch.randn(32, 32).bfloat16(), None, ValueError, "shape"),
+        (torch.randn(32, 64).double(), None, TypeError, "float64"),
+        (mk.quantize(torch.randn(32, 64), mk.MXFP4), None, ValueError, "cannot copy mxfp4"),
+        (unloaded, None, ValueError, r"weight_scale is NaN in 128 of 128 blocks, the first at index \(0, 0\)"),
+        (torch.randn(32, 64), torch.randn(31), ValueError, "bias has shape"),
+    ):
+        with pytest.raises(error, match=match):
+            layer.update_weights(weight, bias)
+        assert same(layer.quantized, before)
+    plain = mq.MxLinear.from_linear(source(bias=False), "w8a16")
+    with pytest.raises(ValueError, match="this layer has none"):
+        plain.update_weights(torch.randn(32, 64), torch.randn(32))
+
+
+def test_dequantize_gives_a_linear():
+    layer = mq.MxLinear.from_linear(source(), "w8a16")
+    plain = layer.dequantize()
+    assert type(plain) is nn.Linear
+    assert torch.equal(plain.weight, mk.dequantize(layer.quantized))
+    assert torch.equal(plain.bias, layer.bias)
+
+
+def test_repr():
+    layer = mq.MxLinear(64, 32, False, mq.Scheme(mk.MXFP4, mk.MXFP8, "floor"))
+    assert "in_features=64, out_features=32, bias=False, scheme=mxfp4_w4a8, rule=floor" in repr(layer)
+
+
+def test_bad_construction():
+    with pytest.raises(
+        ValueError, match="in_features is 33, but mxfp8_e4m3 needs a positive multiple of its block length 32"
+    ):
+        mq.MxLinear(33, 32)
+    with pytest.raises(ValueError, match="out_features is 0"):
+        mq.MxLinear(32, 0)
+    with pytest.raises(ValueError, match=r"K of q_proj\.weight .* is 48"):
+        mq.MxLinear.from_linear(source(48), "w4a16", name="q_proj.weight")
+    with pytest.raises(ValueError, match=r"weight has shape \(2, 32, 64\), needs two dimensions"):
+        mq.MxLinear.from_quantized(mk.quantize(torch.randn(2, 32, 64), mk.MXFP4))
+    with pytest.raises(ValueError, match=r"bias has shape \(31,\), needs \(32,\)"):
+        mq.MxLinear.from_quantized(mk.quantize(torch.randn(32, 64), mk.MXFP4), torch.zeros(31))
+    with pytest.raises(TypeError, match="float64"):
+        mq.MxLinear.from_linear(source(dtype=torch.float64), "w4a16")
+    with pytest.raises(ValueError, match="meta device"):
+        mq.MxLinear.from_linear(source().to("meta"), "w4a16")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "nvfp4_w4a16"])
+def test_compiles_without_graph_breaks(scheme):
+    layer = mq.MxLinear.from_linear(source(), scheme)
+    x = torch.randn(3, 64).bfloat16()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(sorted(mk.FORMATS)),
+    n=st.integers(1, 5),
+    blocks=st.integers(1, 3),
+    tokens=st.integers(0, 3),
+    data=st.data(),
+)
+def test_any_shape_and_rule(name, n, blocks, tokens, data):
+    format = mk.get_format(name)
+    rule = data.draw(st.sampled_from(format.rules))
+    layer = mq.MxLinear.from_linear(source(blocks * format.block, n), mq.Scheme(format, rule=rule))
+    assert layer.quantized.rule is rule
+    x = torch.randn(tokens, blocks * format.block).bfloat16()
+    assert layer(x).shape == (tokens, n)
+    assert torch.isfinite(layer(x)).all()
+
+
+# --- methods ---
+
+ONLINE = {
+    mq.Mxfp8OnlineLinearMethod: mk.MXFP8,
+    mq.Mxfp6OnlineLinearMethod: mk.MXFP6_E2M3,
+    mq.Mxfp4OnlineLinearMethod: mk.MXFP4,
+    mq.Nvfp4OnlineLinearMethod: mk.NVFP4,
+}
+OFFLINE = {mq.Mxfp8LinearMethod: mk.MXFP8, mq.Mxfp4LinearMethod: mk.MXFP4, mq.Nvfp4LinearMethod: mk.NVFP4}
+
+
+def test_named_methods_have_their_format():
+    for cls, format in (ONLINE | OFFLINE).items():
+        assert cls().scheme == mq.get_scheme(format)
+        with pytest.raises(ValueError, match="use the method of its format"):
+            cls(mk.MXFP6_E3M2)
+    with pytest.raises(ValueError, match="serves every format"):
+        mq.OnlineLinearMethod()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_online(format, dtype):
+    """Load, process, apply; the second processing changes nothing, and the source is released."""
+    method, layer, linear = mq.OnlineLinearMethod(format), nn.Module(), source(dtype=dtype)
+    method.create_weights(layer, 64, 32, bias=True, dtype=dtype)
+    layer.load_state_dict(linear.state_dict())
+    loaded = weakref.ref(layer.weight)
+    method.process_weights_after_loading(layer)
+    assert loaded() is None
+    assert layer.input_scale is None
+    assert layer.weight.dtype == format.data_dtype
+    assert layer.weight_scale.shape == (32, 64 // format.block)
+    pointers = [b.data_ptr() for b in layer.buffers()]
+    before = method.quantized(layer).map(torch.clone)
+    method.process_weights_after_loading(layer)
+    assert pointers == [b.data_ptr() for b in layer.buffers()]
+    assert same(method.quantized(layer), before)
+    x = torch.randn(3, 64, dtype=dtype)
+    assert torch.equal(method.apply(layer, x), mq.MxLinear.from_linear(linear, format)(x))
+    assert torch.equal(
+        method.apply(layer, x, torch.zeros(32, dtype=dtype)),
+        method.apply(layer, x) * 0 + mq.MxLinear.from_quantized(before)(x),
+    )
+
+
+def test_online_weights_on_meta_are_quantized_as_they_come():
+    method, layer, linear = mq.Mxfp8OnlineLinearMethod("w8a8"), nn.Module(), source(bias=False)
+    method.create_weights(layer, 64, 32, device="meta")
+    with pytest.raises(ValueError, match="meta device"):
+        method.process_weights_after_loading(layer)
+    with pytest.raises(ValueError, match=r"q\.weight has shape \(64, 32\), needs \(32, 64\)"):
+        method.load_weight(layer, linear.weight.T, "q.weight")
+    method.load_weight(layer, linear.weight)
+    method.process_weights_after_loading(layer)
+    assert same(method.quantized(layer), mk.quantize(linear.weight.detach(), mk.MXFP8))
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(method.apply(layer, x), mq.MxLinear.from_linear(linear, "w8a8")(x))
+    with pytest.raises(RuntimeError, match="quantized already"):
+        method.load_weight(layer, linear.weight)
+
+
+def test_online_update_keeps_pointers():
+    method, layer = mq.Nvfp4OnlineLinearMethod(), nn.Module()
+    method.create_weights(layer, 64, 32, bias=True)
+    layer.load_state_dict(source().state_dict())
+    method.process_weights_after_loading(layer)
+    pointers = [t.data_ptr() for t in (*layer.buffers(), layer.bias)]
+    new = source()
+    method.update_weights(layer, new.weight, new.bias.detach())
+    assert pointers == [t.data_ptr() for t in (*layer.buffers(), layer.bias)]
+    assert same(method.quantized(layer), mk.quantize(new.weight.detach(), mk.NVFP4))
+    assert torch.equal(layer.bias, new.bias)
+
+
+@pytest.mark.parametrize("cls", [*ONLINE, *OFFLINE])
+def test_create_weights_names_the_field_its_value_and_the_rule(cls):
+    format = (ONLINE | OFFLINE)[cls]
+    with pytest.raises(
+        ValueError,
+        match=rf"in_features is 40, but {format} needs a positive multiple of its block length {format.block}",
+    ):
+        cls().create_weights(nn.Module(), 40, 32)
+    with pytest.raises(ValueError, match="out_features is -1"):
+        cls().create_weights(nn.Module(), 64, -1)
+
+
+def test_online_refuses_dtypes_and_what_was_not_loaded():
+    method, layer = mq.Mxfp8OnlineLinearMethod(), nn.Module()
+    with pytest.raises(TypeError, match=r"dtype of the weights is torch.float8_e4m3fn"):
+        method.create_weights(layer, 64, 32, dtype=torch.float8_e4m3fn)
+    method.create_weights(layer, 64, 32)
+    with pytest.raises(RuntimeError, match="not ready: call process_weights_after_loading"):
+        method.apply(layer, torch.randn(1, 64))
+    with pytest.raises(ValueError, match="weight is not finite: 2048 of 2048"):
+        method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("cls", OFFLINE)
+def test_offline(cls):
+    method, layer = cls(), nn.Module()
+    method.create_weights(layer, 64, 32, bias=True)
+    with pytest.raises(ValueError, match=r"weight_scale is NaN in .* was not loaded"):
+        method.process_weights_after_loading(layer)
+    want = mq.MxLinear.from_linear(source(), OFFLINE[cls])
+    layer.load_state_dict(want.state_dict())
+    method.process_weights_after_loading(layer)
+    method.process_weights_after_loading(layer)
+    assert same(method.quantized(layer), want.quantized)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(method.apply(layer, x), want(x))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), -1.0])
+def test_offline_refuses_missing_or_zero_scales(bad):
+    method = mq.Nvfp4LinearMethod("nvfp4_w4a4")
+    good = mq.MxLinear.from_quantized(
+        mk.quantize(torch.randn(32, 64), mk.NVFP4), None, mk.NVFP4, input_scale=torch.tensor(0.5)
+    ).state_dict()
+    for name in ("weight_global_scale", "input_scale"):
+        layer = nn.Module()
+        method.create_weights(layer, 64, 32, input_scale=True)
+        layer.load_state_dict(good | {name: torch.tensor(bad)})
+        with pytest.raises(ValueError, match=f"{name} is .* needs a positive finite multiplier"):
+            method.process_weights_after_loading(layer)
+    with pytest.raises(ValueError, match="input_scale=True belongs to NVFP4"):
+        mq.Nvfp4LinearMethod().create_weights(nn.Module(), 64, 32, input_scale=True)
+
+
+def test_offline_static_input_scale_is_used():
+    method, layer = mq.Nvfp4LinearMethod("nvfp4_w4a4"), nn.Module()
+    want = mq.MxLinear.from_quantized(
+        mk.quantize(torch.randn(32, 64).bfloat16(), mk.NVFP4), None, mk.NVFP4, input_scale=torch.tensor(0.5)
+    )
+    method.create_weights(layer, 64, 32, input_scale=True)
+    layer.load_state_dict(want.state_dict())
+    method.process_weights_after_loading(layer)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(method.apply(layer, x), want(x))

@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 from .base import Configs, Get, Info, Infos, Layout, TensorInfo, WeightRef, quantization_config, unquantized_modules
+from .compressed_tensors import COMPRESSED_TENSORS
 from .families import FAMILIES, Family, Role, classify, family_of
 from .globals import exact_global, fold_globals, invert_global
 from .gpt_oss import GPT_OSS, GPT_OSS_ORIGINAL
+from .modelopt import MODELOPT
 from .mxfp8 import MXFP8_INVERSE, MXFP8_PLAIN
+from .quark import QUARK
 from .refs import (
     FUSED,
     PER_EXPERT,
@@ -27,7 +30,10 @@ from .refs import (
     write_plain,
 )
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (GPT_OSS, GPT_OSS_ORIGINAL, MXFP8_INVERSE, MXFP8_PLAIN)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (GPT_OSS, GPT_OSS_ORIGINAL, COMPRESSED_TENSORS, MODELOPT, MXFP8_INVERSE, MXFP8_PLAIN, QUARK)
+}
 
 
 def get_layout(name: str) -> Layout:

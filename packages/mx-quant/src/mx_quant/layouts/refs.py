@@ -180,7 +180,9 @@ def _join(experts: str, kind: str, found: dict[tuple[int, str], WeightRef], fami
     wanted += [(f"{part}_proj", (part,)) for part in ("gate", "up", "gate_up", "down") if part in parts]
     out = []
     for param, members in wanted:
-        rows, shapes, refs = [], set(), []
+        rows: list[tuple[Piece, ...]] = []
+        shapes: set[tuple[int, ...]] = set()
+        refs: list[WeightRef] = []
         for e in range(count):
             for part in members:
                 if (e, part) not in found:

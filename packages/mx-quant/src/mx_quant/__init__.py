@@ -27,6 +27,7 @@ from .moe_method import (
     OfflineMoEMethod,
     OnlineMoEMethod,
 )
+from .report import Report, compare, error_report
 from .scheme import (
     NVFP4_W4A4,
     NVFP4_W4A16,
@@ -78,9 +79,12 @@ __all__ = [
     "OfflineMoEMethod",
     "OnlineLinearMethod",
     "OnlineMoEMethod",
+    "Report",
     "Scheme",
     "check_finite",
+    "compare",
     "deinterleave",
+    "error_report",
     "get_scheme",
     "interleave",
     "joint_global_scale",

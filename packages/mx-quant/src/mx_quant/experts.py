@@ -18,6 +18,7 @@ from mx_kernels import Format, QuantizedTensor
 
 from . import storage
 from .checks import check_dtype, check_loaded, quantize_finite
+from .layouts import families
 from .scheme import Scheme, get_scheme
 
 LAYOUTS = ("concatenated", "interleaved")
@@ -353,20 +354,18 @@ def quantize_experts(
 
 def deinterleave(x: Tensor, dim: int) -> Tensor:
     """(g0, u0, g1, u1 ..) along ``dim`` to (g0, g1 .., u0, u1 ..); a new tensor. ValueError for an odd length."""
-    n = x.shape[dim]
-    if n % 2:
-        raise ValueError(f"dimension {dim} has {n} rows: gate and up rows interleave in pairs")
-    order = torch.arange(n, device=x.device).view(-1, 2).T.reshape(-1)
-    return _bytes_select(x, dim, order)
+    return families.deinterleave(x, _even(x, dim))
 
 
 def interleave(x: Tensor, dim: int) -> Tensor:
     """The inverse of ``deinterleave``: (g0, g1 .., u0, u1 ..) to (g0, u0, g1, u1 ..)."""
-    n = x.shape[dim]
-    if n % 2:
-        raise ValueError(f"dimension {dim} has {n} rows: gate and up rows interleave in pairs")
-    order = torch.arange(n, device=x.device).view(2, -1).T.reshape(-1)
-    return _bytes_select(x, dim, order)
+    return families.interleave(x, _even(x, dim))
+
+
+def _even(x: Tensor, dim: int) -> int:
+    if x.shape[dim] % 2:
+        raise ValueError(f"dimension {dim} has {x.shape[dim]} rows: gate and up rows interleave in pairs")
+    return dim % x.ndim
 
 
 def check_expert_sizes(num_experts: int, hidden_size: int, intermediate_size: int, format: Format) -> None:
@@ -384,14 +383,12 @@ def check_row_layout(layout: str) -> str:
     return layout
 
 
-def _bytes_select(x: Tensor, dim: int, order: Tensor) -> Tensor:
-    if x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):  # FP8 has no index_select on every device
-        return x.view(torch.uint8).index_select(dim, order).view(x.dtype)
-    return x.index_select(dim, order)
-
-
 def _select(t: Tensor, experts: slice | Tensor) -> Tensor:
-    return t[experts] if isinstance(experts, slice) else _bytes_select(t, 0, experts)
+    if isinstance(experts, slice):
+        return t[experts]
+    if t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):  # FP8 has no index_select on every device
+        return t.view(torch.uint8).index_select(0, experts).view(t.dtype)
+    return t.index_select(0, experts)
 
 
 def _order(order: Sequence[int] | Tensor, num_experts: int, device: torch.device) -> Tensor:

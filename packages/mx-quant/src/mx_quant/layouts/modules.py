@@ -198,7 +198,7 @@ def _swapped(ref: WeightRef, names: Names) -> bool:
 def _stored_global(g: Tensor, lead: tuple[int, ...], names: Names) -> Tensor:
     g = invert_global(g) if names.divisor else g.float()
     shape = (*lead, *names.global_shape)
-    return g.reshape(*g.shape, *([1] * (len(shape) - g.ndim))).expand(shape).contiguous()
+    return g.reshape((*g.shape, *([1] * (len(shape) - g.ndim)))).expand(shape).contiguous()
 
 
 def _read_global(ref: WeightRef, name: str, get: Get, names: Names, expert: int | None, data: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Quantization methods and checkpoints. See the package's README."""
 
 from .checks import check_finite, joint_global_scale, quantize_finite
+from .convert import Checkpoint, Conversion, convert_checkpoint, dequantize_checkpoint, inspect_checkpoint
 from .experts import ExpertBuilder, ExpertWeights, deinterleave, interleave, quantize_experts
 from .linear import (
     LinearMethod,
@@ -27,6 +28,7 @@ from .moe_method import (
     OfflineMoEMethod,
     OnlineMoEMethod,
 )
+from .offline import QuantizeSummary, quantize_checkpoint
 from .report import Report, compare, error_report
 from .scheme import (
     NVFP4_W4A4,
@@ -43,6 +45,8 @@ from .scheme import (
     Scheme,
     get_scheme,
 )
+from .shards import ShardReader
+from .writer import ShardWriter, TensorSpec, plan_shards
 
 __all__ = [
     "GPT_OSS_ACTIVATION",
@@ -57,6 +61,8 @@ __all__ = [
     "W6A8",
     "W8A16",
     "W8A8",
+    "Checkpoint",
+    "Conversion",
     "ExpertBuilder",
     "ExpertWeights",
     "LinearMethod",
@@ -79,15 +85,24 @@ __all__ = [
     "OfflineMoEMethod",
     "OnlineLinearMethod",
     "OnlineMoEMethod",
+    "QuantizeSummary",
     "Report",
     "Scheme",
+    "ShardReader",
+    "ShardWriter",
+    "TensorSpec",
     "check_finite",
     "compare",
+    "convert_checkpoint",
     "deinterleave",
+    "dequantize_checkpoint",
     "error_report",
     "get_scheme",
+    "inspect_checkpoint",
     "interleave",
     "joint_global_scale",
+    "plan_shards",
+    "quantize_checkpoint",
     "quantize_experts",
     "quantize_finite",
 ]

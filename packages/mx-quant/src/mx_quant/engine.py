@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .plan import Bundle, Copy, Key, Unit
 from .shards import ShardReader, TensorInfo
 from .writer import ShardWriter
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with (bytes of the source done, bytes in all)."""
 
@@ -31,29 +33,34 @@ _GLOBAL_MIN = 2.0**-117  # mx_kernels refuses smaller ones: scale times global m
 
 
 def run_tasks(
-    tasks: Sequence[Bundle], work: Callable[[Bundle, Tensor], None], jobs: int, progress: Progress | None = None
+    tasks: Sequence[T],
+    nbytes: Sequence[int],
+    work: Callable[[T, Tensor], None],
+    jobs: int,
+    *,
+    buffer_nbytes: int = 0,
+    progress: Progress | None = None,
 ) -> None:
     """Call ``work(task, buffer)`` for every task, in order, on ``jobs`` threads; the first exception stops all and is raised.
 
-    Each thread has one buffer, uint8, as large as the largest task; PyTorch's own threads stay out where there are several.
+    nbytes: what each task adds to ``progress``. Each thread has one buffer, uint8 [buffer_nbytes]. PyTorch's own threads stay
+    out where there are several of ours.
     """
-    total, done, at = sum(t.nbytes for t in tasks), 0, 0
-    # Every source key of a task starts on a 64-byte boundary where it does not continue the one before.
-    size = max((t.nbytes + 64 * (2 * len(t.items) + 2) for t in tasks), default=0)
+    total, done, at = sum(nbytes), 0, 0
     lock, errors = threading.Lock(), list[BaseException]()
 
     def loop() -> None:
         nonlocal at, done
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(buffer_nbytes, dtype=torch.uint8)
         while True:
             with lock:
                 if errors or at == len(tasks):
                     return
-                task = tasks[at]
+                mine = at
                 at += 1
-            work(task, buffer)
+            work(tasks[mine], buffer)
             with lock:
-                done += task.nbytes
+                done += nbytes[mine]
                 if progress is not None:
                     progress(done, total)
 
@@ -84,6 +91,16 @@ def run_tasks(
         torch.set_num_threads(threads)
     if errors:
         raise errors[0]
+
+
+def buffer_nbytes(tasks: Sequence[Bundle]) -> int:
+    """Bytes of a buffer that holds any one of the bundles.
+
+    A source tensor starts on a 64-byte boundary where it does not continue the one before.
+    """
+    return max(
+        (t.nbytes + 64 * sum(1 if isinstance(i, Copy) else len(i.keys) for i in t.items) for t in tasks), default=0
+    )
 
 
 def largest_magnitude(x: Tensor) -> Tensor:

@@ -7,66 +7,58 @@ workers finish does not show in the output. See ``staging.py`` for what a kill, 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import mx_kernels as mk
 from mx_kernels import Format, ScaleRule
 
-from .engine import Progress, Quantizer, run_tasks
+from .engine import Progress, Quantizer, buffer_nbytes, run_tasks
 from .layouts import (
     LAYOUTS,
     Layout,
     Target,
     TensorInfo,
     WeightRef,
-    assemble_plain,
-    classify,
     detect_layout,
     family_of,
     get_layout,
     plain_refs,
     plan_plain,
-    read_plain,
     regroup,
-    write_plain,
 )
+from .output import Output, arrange, parse_bytes, plan_output, produce, resident, workers_of
 from .plan import (
-    CONFIG_FILES,
     MATRICES,
     bundles,
+    expert_module,
     grouping_of,
     key_nbytes,
     pack,
     read_configs,
     read_infos,
     select,
-    source_hash,
+    write_biases,
 )
-from .shards import INDEX, ShardReader, read_small
-from .staging import MANIFEST, Staging, check_places
-from .writer import Shard, ShardWriter, TensorSpec, plan_shards
+from .shards import ShardReader
+from .staging import check_places
+from .writer import ShardWriter
 
 _BUNDLE = 12 << 20  # bytes of source in a worker's buffer: large enough to make calls cheap, small enough for caches
 _SMALLEST = 1 << 20
 _WORKING_SET = 14  # bytes that quantizing takes at most, in units of the bytes in the buffer
 _MARGIN = 48 << 20  # allocator slack and what imports that come late add
-_WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
 
 
 @dataclass(frozen=True)
-class Summary:
+class QuantizeSummary:
     """What a run did, or with ``dry_run`` would do.
 
     weights_quantized, parameters_quantized: matrices (an expert of a fused tensor counts as one) and their elements;
@@ -130,24 +122,6 @@ class Summary:
         return "\n".join(lines)
 
 
-def parse_bytes(text: str | int) -> int:
-    """A number of bytes from 4294967296, "4GiB", "500MB", "64k" ...; ValueError otherwise."""
-    if isinstance(text, int):
-        return text
-    units = {"": 1, "b": 1}
-    for i, u in enumerate("kmgt"):
-        units |= {u: 1024 ** (i + 1), f"{u}ib": 1024 ** (i + 1), f"{u}b": 1000 ** (i + 1)}
-    digits = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz").strip()
-    unit = text.strip().lower()[len(digits) :].strip()
-    try:
-        found = float(digits) * units[unit]
-        if not math.isfinite(found) or found < 1:
-            raise ValueError
-    except (ValueError, KeyError):
-        raise ValueError(f"{text!r} is not a number of bytes: write 4GiB, 500MB or 4294967296") from None
-    return int(found)
-
-
 def quantize_checkpoint(
     src: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -168,7 +142,7 @@ def quantize_checkpoint(
     device: str | torch.device = "cpu",
     jobs: int | None = None,
     progress: Progress | None = None,
-) -> Summary:
+) -> QuantizeSummary:
     """Quantize the bf16, fp16 or fp32 safetensors checkpoint ``src`` (a folder) into the new folder ``out``.
 
     layout: a row of LAYOUTS (None: the first that holds the format). include, exclude: shell patterns on weight names; by
@@ -205,21 +179,16 @@ def quantize_checkpoint(
         if dry_run:
             return summary
         limit, workers = _fit(parse_bytes(max_memory), jobs, job)
-        with Staging(out_path, job.fingerprint, _witness(reader), resume=resume, overwrite=overwrite) as staging:
-            if not staging.complete:
-                files = job.files
-                staging.begin(job.shards, sum(s.nbytes for s in job.shards) + sum(map(len, files.values())))
-                resumed = len(staging.finished)
-                work = bundles(reader, job.targets, job.sources, job.copies, joint=f.has_global_scale, limit=limit)
-                with ShardWriter(staging.path, job.shards, done=staging.finished, on_shard=staging.record) as writer:
-                    write_biases(reader, writer, job.biases, job.sources)
-                    run = Quantizer(reader, writer, lay, f, rule, job.sources, work, torch.device(device))
-                    run_tasks(pack(work, limit), run, workers, progress)
-                    writer.finish()
-                check_unchanged(reader)
-                staging.commit(files | {MANIFEST: manifest(job.fingerprint, staging.finished)})
-            else:
-                resumed = len(job.shards)
+
+        def write(writer: ShardWriter) -> None:
+            work = bundles(reader, job.targets, job.sources, job.copies, joint=f.has_global_scale, limit=limit)
+            write_biases(reader, writer, job.biases, job.sources)
+            run = Quantizer(reader, writer, lay, f, rule, job.sources, work, torch.device(device))
+            tasks = pack(work, limit)
+            sizes = [t.nbytes for t in tasks]
+            run_tasks(tasks, sizes, run, workers, buffer_nbytes=buffer_nbytes(tasks), progress=progress)
+
+        resumed = produce(reader, out_path, job.output, write, resume=resume, overwrite=overwrite)
     return replace(summary, resumed=resumed, seconds=time.perf_counter() - start)
 
 
@@ -247,10 +216,8 @@ class _Job:
     biases: tuple[Target, ...]
     sources: dict[str, WeightRef]
     copies: tuple[str, ...]
-    shards: tuple[Shard, ...]
-    files: dict[str, bytes]
-    fingerprint: dict[str, Any]
-    summary: Summary
+    output: Output
+    summary: QuantizeSummary
     largest: int  # bytes of the largest matrix that cannot be cut
 
 
@@ -275,57 +242,23 @@ def _plan(
     refs = plain_refs(config, infos)
     selection = select(refs, infos, layout, format, include=include, exclude=exclude, allow_unquantized_experts=allow)
     chosen = {r.name: replace(r, format=format, rule=rule) for r in selection.chosen}
-    biases = [r for r in refs if r.kind not in MATRICES and _owner(r.name) in {_owner(n) for n in chosen}]
+    biases = [r for r in refs if r.kind not in MATRICES and expert_module(r.name) in {expert_module(n) for n in chosen}]
     family, grouping = family_of(config, infos), grouping_of(layout)
     targets = regroup(list(chosen.values()), grouping, family)
     bias_targets = [] if grouping is None else regroup(biases, grouping, family)
     sources = {r.name: r for r in refs}
-    moved = {p.name for t in bias_targets for row in t.rows for p in row}
-    first: dict[str, list[TensorSpec]] = {}
-    places: dict[str, int] = {name: i for i, name in enumerate(reader.tensors)}
-    out_refs = []
-    for target in targets:
-        out_refs.append(target.ref)
-        key = min(target.sources, key=places.__getitem__)
-        first.setdefault(key, []).extend(_specs(layout.plan(target.ref)))
-    for target in bias_targets:
-        key = min(target.sources, key=places.__getitem__)
-        first.setdefault(key, []).extend(_specs(plan_plain(target.ref, infos[target.sources[0]].dtype)))
-    specs: list[TensorSpec] = []
-    copies = []
-    for name, info in infos.items():
-        if name not in chosen and name not in moved:
-            copies.append(name)
-            first[name] = [TensorSpec(name, info.dtype, tuple(info.shape))]
-        specs += first.get(name, [])
-    digest = source_hash(reader)
-    version = importlib.metadata.version("mx-quant")
-    provenance = {
-        "version": version,
-        "format": format.name,
-        "rule": rule.value,
-        "layout": layout.name,
-        "source_sha256": digest,
-    }
-    metadata = {"format": "pt"} | {f"mx_quant.{k}": v for k, v in provenance.items()}
-    shards = plan_shards(specs, max_shard, metadata)
+    made = [(t.sources, layout.plan(t.ref)) for t in targets]
+    made += [(t.sources, plan_plain(t.ref, infos[t.sources[0]].dtype)) for t in bias_targets]
+    specs, copies = arrange(reader, made)
     infos_out = {s.name: TensorInfo(s.dtype, s.shape) for s in specs}
-    named = [replace(r, tensors=tuple(layout.plan(r))) for r in out_refs]
-    new_configs = layout.config(configs, named, infos_out, activations=activations)
-    files = small_files(reader.folder) | {
-        name: (json.dumps(text | ({"mx_quant": provenance} if name == "config.json" else {}), indent=2) + "\n").encode()
-        for name, text in (configs | new_configs).items()
-    }
-    fingerprint = provenance | {
-        "include": sorted(include),
-        "exclude": sorted(exclude),
-        "activations": activations,
-        "shards": _digest(s.head for s in shards),
-        "files": _digest(x for n in sorted(files) for x in (n.encode(), files[n])),
-    }
+    named = [replace(t.ref, tensors=tuple(layout.plan(t.ref))) for t in targets]
+    new_configs = {**configs, **layout.config(configs, named, infos_out, activations=activations)}
+    provenance = {"format": format.name, "rule": rule.value, "layout": layout.name}
+    options = {"include": sorted(include), "exclude": sorted(exclude), "activations": activations}
+    output = plan_output(reader, specs, new_configs, provenance, options, max_shard)
     sizes = {n: math.prod(i.shape) for n, i in infos.items()}
     experts = [r for r in refs if r.kind in ("expert", "fused_expert")]
-    summary = Summary(
+    summary = QuantizeSummary(
         src="", out="", format=format.name, rule=rule.value, layout=layout.name,
         weights_quantized=sum(r.experts or 1 for r in selection.chosen),
         parameters=sum(sizes.values()),
@@ -333,32 +266,13 @@ def _plan(
         expert_parameters=sum(sizes[r.name] for r in experts),
         expert_parameters_quantized=sum(sizes[r.name] for r in experts if r.name in chosen),
         bytes_in=sum(reader.sizes.values()),
-        bytes_out=sum(s.nbytes for s in shards),
-        shards=tuple(s.file for s in shards),
+        bytes_out=sum(s.nbytes for s in output.shards),
+        shards=tuple(s.file for s in output.shards),
         skipped=selection.skipped,
-        source_hash=digest,
+        source_hash=output.fingerprint["source_sha256"],
     )  # fmt: skip
     largest = _largest(reader, targets)
-    return _Job(
-        tuple(targets), tuple(bias_targets), sources, tuple(copies), shards, files, fingerprint, summary, largest
-    )
-
-
-def _owner(name: str) -> str:
-    """The experts module that a weight or bias belongs to."""
-    return classify(name).experts
-
-
-def _specs(plan: Mapping[str, TensorInfo]) -> list[TensorSpec]:
-    return [TensorSpec(name, info.dtype, tuple(info.shape)) for name, info in plan.items()]
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(len(part).to_bytes(8, "little"))
-        h.update(part)
-    return h.hexdigest()
+    return _Job(tuple(targets), tuple(bias_targets), sources, tuple(copies), output, summary, largest)
 
 
 def _largest(reader: ShardReader, targets: Sequence[Target]) -> int:
@@ -367,66 +281,9 @@ def _largest(reader: ShardReader, targets: Sequence[Target]) -> int:
     return max((sum(key_nbytes(reader, (p.name, p.expert)) for p in row) for row in whole), default=0)
 
 
-def write_biases(
-    reader: ShardReader, writer: ShardWriter, targets: Sequence[Target], sources: Mapping[str, WeightRef]
-) -> None:
-    """Write expert biases that are stored in another grouping than the source's."""
-
-    def read(name: str, expert: int | None) -> Tensor:
-        return read_plain(sources[name], reader.get, expert=expert)
-
-    for target in targets:
-        for name, x in write_plain(target.ref, assemble_plain(target, read)).items():
-            if writer.needs(name):
-                writer.write(name, x)
-
-
-def small_files(folder: Path) -> dict[str, bytes]:
-    """The other files of a checkpoint folder, which an output takes along: tokenizer, generation config, code ..."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        name = path.name
-        if name.startswith(".") or name in (*CONFIG_FILES, MANIFEST, INDEX) or name.endswith(_WEIGHT_SUFFIXES):
-            continue
-        if path.is_file():
-            found[name] = read_small(path)
-    return found
-
-
-def manifest(fingerprint: Mapping[str, Any], crc: Mapping[str, Mapping[str, int]]) -> bytes:
-    """The bytes of ``mx_quant.json``: what made this output, and the CRC-32 of every tensor by file."""
-    ordered = {file: crc[file] for file in sorted(crc)}
-    return (json.dumps({"fingerprint": fingerprint, "crc32": ordered}, indent=1) + "\n").encode()
-
-
-def _witness(reader: ShardReader) -> dict[str, Any]:
-    return {"source_times": [[s, t] for s, t in reader.stamps()]}
-
-
-def check_unchanged(reader: ShardReader) -> None:
-    """Raise ValueError if a source file changed since it was opened."""
-    changed = [f for f, (size, _) in zip(reader.files, reader.stamps(), strict=True) if size != reader.sizes[f]]
-    if changed or reader.stamps() != reader.opened:
-        raise ValueError(
-            f"the source changed during the run ({', '.join(changed) or reader.folder}): run again on a source at rest"
-        )
-
-
-def resident() -> int:
-    """Bytes of this process in memory (0 where the system does not say)."""
-    try:
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
 def _fit(max_memory: int, jobs: int | None, job: _Job) -> tuple[int, int]:
     """Bytes of source in one buffer and worker threads that keep the process within ``max_memory``."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = cpus if jobs is None else jobs
-    if wanted < 1:
-        raise ValueError(f"jobs is {wanted}, needs at least 1")
+    wanted = workers_of(jobs)
     base = resident() + _MARGIN
     smallest = max(_SMALLEST, job.largest)
     for workers in range(wanted, 0, -1):

@@ -17,11 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mx_kernels import Format
 
-from .layouts import FUSED, PER_EXPERT, Infos, Layout, Target, TensorInfo, WeightRef, classify
+from .layouts import (
+    FUSED,
+    PER_EXPERT,
+    Infos,
+    Layout,
+    Target,
+    TensorInfo,
+    WeightRef,
+    assemble_plain,
+    classify,
+    read_plain,
+    write_plain,
+)
 from .shards import ShardReader, load_json, read_small
+from .writer import ShardWriter
 
 CONFIG_FILES = ("config.json", "hf_quant_config.json")
 MATRICES = ("linear", "expert", "fused_expert")
@@ -294,3 +308,22 @@ def pack(found: Sequence[Bundle], limit: int) -> list[Bundle]:
         packed[-1].append(bundle)
         filled += bundle.nbytes
     return [Bundle(tuple(i for b in group for i in b.items), sum(b.nbytes for b in group)) for group in packed]
+
+
+def expert_module(name: str) -> str:
+    """The experts module that an expert weight or bias belongs to, "" for other tensors."""
+    return classify(name).experts
+
+
+def write_biases(
+    reader: ShardReader, writer: ShardWriter, targets: Sequence[Target], sources: Mapping[str, WeightRef]
+) -> None:
+    """Write expert biases that are stored in another grouping than the source's."""
+
+    def read(name: str, expert: int | None) -> Tensor:
+        return read_plain(sources[name], reader.get, expert=expert)
+
+    for target in targets:
+        for name, x in write_plain(target.ref, assemble_plain(target, read)).items():
+            if writer.needs(name):
+                writer.write(name, x)

@@ -1,0 +1,366 @@
+"""Open a checkpoint of any layout; store it in another layout, or in full precision again; say what is in it.
+
+Codes and scales are moved, never recomputed: between two layouts of one format every bit is kept. Experts are fused, split
+and interleaved as the target layout and the model family want it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+import mx_kernels as mk
+from mx_kernels import QuantizedTensor
+
+from .engine import Progress, run_tasks
+from .layouts import (
+    Family,
+    Layout,
+    Target,
+    TensorInfo,
+    WeightRef,
+    assemble,
+    classify,
+    detect_layout,
+    family_of,
+    get_layout,
+    plain_refs,
+    plan_plain,
+    read_plain,
+    regroup,
+    write_plain,
+)
+from .output import arrange, parse_bytes, plan_output, produce, stored_names, workers_of
+from .plan import MATRICES, expert_module, grouping_of, read_configs, read_infos, write_biases
+from .shards import ShardReader
+from .staging import check_places
+from .writer import ShardWriter
+
+_ROWS = 1 << 24  # elements that are dequantized together
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Checkpoint:
+    """An open checkpoint: ``weights`` are its quantized weights, ``plain`` its matrices and expert biases in full precision.
+
+    layout: the layout of the quantized ones, None where there are none. Use as a context manager. Raises ValueError where
+    files, headers or configuration are damaged, contradictory or unknown.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.reader = ShardReader(path)
+        try:
+            self.configs = read_configs(self.reader.folder)
+            self.infos = read_infos(self.reader)
+            config = self.configs.get("config.json", {})
+            self.layout: Layout | None = detect_layout(self.configs, self.infos)
+            refs = self.layout.refs(self.configs, self.infos) if self.layout is not None else []
+            self.weights: dict[str, WeightRef] = {r.name: r for r in refs}
+            owned = {t for r in refs for t in r.tensors}
+            self.plain = {r.name: r for r in plain_refs(config, self.infos) if r.tensors[0] not in owned}
+            self.family: Family = family_of(config, self.infos)
+        except BaseException:
+            self.reader.close()
+            raise
+
+    def read(self, name: str, expert: int | None = None) -> QuantizedTensor:
+        """A quantized weight in canonical form, or one expert of a fused one."""
+        assert self.layout is not None
+        return self.layout.read(self.weights[name], self.reader.get, expert=expert)
+
+    def read_plain(self, name: str, expert: int | None = None) -> Tensor:
+        """A full-precision weight or expert bias in canonical form, or one expert of it."""
+        return read_plain(self.plain[name], self.reader.get, expert=expert)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert_checkpoint`` or ``dequantize_checkpoint`` did. layout_to is None for full precision."""
+
+    src: str
+    out: str
+    layout_from: str
+    layout_to: str | None
+    weights: int
+    bytes_in: int
+    bytes_out: int
+    shards: tuple[str, ...]
+    resumed: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self) | {"shards": list(self.shards)}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.weights} weights: {self.layout_from} -> {self.layout_to or 'full precision'}, "
+            f"{self.bytes_in / 1e9:.3f} GB -> {self.bytes_out / 1e9:.3f} GB in {self.seconds:.2f} s"
+        )
+
+
+def _quantized(ck: Checkpoint) -> Layout:
+    if ck.layout is None:
+        raise ValueError(f"{ck.reader.folder} is not quantized: quantize it first")
+    return ck.layout
+
+
+def convert_checkpoint(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    layout: Layout | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Store the quantized checkpoint ``src`` in another layout, bit for bit: codes, scales and global scales are kept.
+
+    ValueError where the layout does not hold a weight's format or kind: nothing is requantized on the way.
+    """
+    start = time.perf_counter()
+    check_places(Path(src), Path(out))
+    to = get_layout(layout) if isinstance(layout, str) else layout
+    with Checkpoint(src) as ck:
+        source = _quantized(ck)
+        refs = list(ck.weights.values())
+        grouping = grouping_of(to)
+        for ref in refs:
+            if ref.format not in to.formats:
+                raise ValueError(
+                    f"{ref.name} is {ref.format}, which layout {to.name} does not hold (it holds "
+                    f"{', '.join(f.name for f in to.formats)}): dequantize the checkpoint and quantize it again"
+                )
+        targets = regroup(refs, grouping, ck.family)
+        for target in targets:
+            if target.ref.kind not in to.kinds:
+                raise ValueError(
+                    f"{target.ref.name} is a quantized {target.ref.kind} weight, but layout {to.name} stores only "
+                    f"{' and '.join(to.kinds)} weights: choose another layout, or dequantize the checkpoint first"
+                )
+        owners = {expert_module(r.name) for r in refs} - {""}
+        biases = [r for r in ck.plain.values() if r.kind not in MATRICES and expert_module(r.name) in owners]
+        moved = [t for t in regroup(biases, grouping, ck.family) if t.ref.name not in ck.plain]
+        tensors = {r.name: r.tensors for r in (*refs, *biases)}
+        made = [(stored_names(t, tensors), to.plan(t.ref)) for t in targets]
+        made += [(stored_names(t, tensors), plan_plain(t.ref, ck.infos[t.sources[0]].dtype)) for t in moved]
+        specs, copies = arrange(ck.reader, made)
+        named = [replace(t.ref, tensors=tuple(to.plan(t.ref))) for t in targets]
+        base = {n: _without_quantization(c) for n, c in ck.configs.items() if n == "config.json"}
+        infos = {s.name: TensorInfo(s.dtype, s.shape) for s in specs}
+        activations = any(r.input_scale is not None for r in refs)
+        configs = {**base, **to.config(base, named, infos, activations=activations)}
+        first = refs[0]
+        provenance = {"format": str(first.format), "rule": str(first.rule or ""), "layout": to.name}
+        output = plan_output(ck.reader, specs, configs, provenance, {}, parse_bytes(max_shard_size))
+
+        def write(writer: ShardWriter) -> None:
+            write_biases(ck.reader, writer, moved, ck.plain)
+            tasks: list[tuple[Target, int | None] | str] = [
+                (t, e) for t in targets for e in (range(t.ref.experts) if t.ref.experts is not None else (None,))
+            ]
+            _run(ck, writer, [*tasks, *copies], lambda t, e: _move(ck, source, to, writer, t, e), jobs, progress)
+
+        resumed = produce(ck.reader, Path(out), output, write, resume=resume, overwrite=overwrite)
+        return Conversion(
+            str(src), str(out), source.name, to.name, len(refs), sum(ck.reader.sizes.values()), output.nbytes,
+            tuple(s.file for s in output.shards), resumed, time.perf_counter() - start,
+        )  # fmt: skip
+
+
+def _run(
+    ck: Checkpoint,
+    writer: ShardWriter,
+    tasks: Sequence[tuple[Target, int | None] | str],
+    work: Any,
+    jobs: int | None,
+    progress: Progress | None,
+) -> None:
+    """Do (target, expert) pairs with ``work`` and copy the tensors that are only named."""
+
+    def nbytes(task: tuple[Target, int | None] | str) -> int:
+        if isinstance(task, str):
+            return ck.reader.tensors[task].nbytes
+        target, expert = task
+        return math.prod(target.ref.shape if expert is None else target.ref.shape[1:])
+
+    def do(task: tuple[Target, int | None] | str, buffer: Tensor) -> None:
+        if not isinstance(task, str):
+            work(*task)
+        elif writer.needs(task):
+            copy_tensor(ck.reader, writer, task, buffer)
+
+    workers = workers_of(jobs)
+    run_tasks(tasks, [nbytes(t) for t in tasks], do, workers, buffer_nbytes=8 << 20, progress=progress)
+
+
+def copy_tensor(reader: ShardReader, writer: ShardWriter, name: str, buffer: Tensor) -> None:
+    """Copy a tensor's bytes through ``buffer`` (uint8)."""
+    info = reader.info(name)
+    for at in range(0, info.nbytes, buffer.numel()):
+        part = buffer[: min(buffer.numel(), info.nbytes - at)]
+        reader.read_bytes(info, at, part)
+        writer.write(name, part, at)
+
+
+def _move(ck: Checkpoint, source: Layout, to: Layout, writer: ShardWriter, target: Target, expert: int | None) -> None:
+    names = to.plan(target.ref)
+    if not any(writer.needs(n) for n in names):
+        return
+    q = assemble(target, ck.read, expert)
+    scale = None
+    if target.ref.input_scale is not None:
+        found = [
+            source.read_input_scale(ck.weights[p.name], ck.reader.get, expert=p.expert)
+            for p in target.rows[expert or 0]
+        ]
+        scales = [s for s in found if s is not None]
+        if any(not torch.equal(s, scales[0]) for s in scales):
+            raise ValueError(
+                f"{target.ref.name} is joined from weights with different input scales, which cannot be one"
+            )
+        scale = scales[0] if scales else None
+    options: dict[str, Any] = {} if scale is None else {"input_scale": scale}
+    for name, t in to.write(target.ref, q, expert=expert, **options).items():
+        if writer.needs(name):
+            writer.write(name, t.contiguous(), 0 if expert is None else expert * t.nbytes)
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = {k: v for k, v in config.items() if k not in ("quantization_config", "mx_quant")}
+    if isinstance(found.get("text_config"), Mapping):
+        found["text_config"] = {k: v for k, v in found["text_config"].items() if k != "quantization_config"}
+    return found
+
+
+def dequantize_checkpoint(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    resume: bool = False,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Store the quantized checkpoint ``src`` in full precision (bfloat16, float16 or float32), as the model family stores it."""
+    start = time.perf_counter()
+    check_places(Path(src), Path(out))
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    with Checkpoint(src) as ck:
+        source = _quantized(ck)
+        refs = list(ck.weights.values())
+        plain = {r.name: _plain_ref(r, ck.family) for r in refs}
+        made = [(r.tensors, plan_plain(plain[r.name], DTYPES[dtype])) for r in refs]
+        specs, copies = arrange(ck.reader, made)
+        configs = {n: _without_quantization(c) for n, c in ck.configs.items() if n == "config.json"}
+        provenance = {"format": dtype, "rule": "", "layout": ""}
+        output = plan_output(ck.reader, specs, configs, provenance, {}, parse_bytes(max_shard_size))
+        targets = regroup(refs, None, ck.family)
+
+        def expand(writer: ShardWriter, target: Target, expert: int | None) -> None:
+            ref = plain[target.ref.name]
+            if not writer.needs(ref.name):
+                return
+            q = assemble(target, ck.read, expert)
+            rows = max(1, _ROWS // q.shape[-1]) if expert is None else q.shape[0]
+            for at in range(0, q.shape[0], rows):
+                part = replace(q, data=q.data[at : at + rows], scale=q.scale[at : at + rows])
+                x = mk.dequantize(part, DTYPES[dtype])
+                (stored,) = write_plain(ref, x).values()
+                writer.write(ref.name, stored, at * x.shape[-1] * x.itemsize if expert is None else expert * x.nbytes)
+
+        def write(writer: ShardWriter) -> None:
+            tasks: list[tuple[Target, int | None] | str] = [
+                (t, e) for t in targets for e in (range(t.ref.experts) if t.ref.experts is not None else (None,))
+            ]
+            _run(ck, writer, [*tasks, *copies], lambda t, e: expand(writer, t, e), jobs, progress)
+
+        resumed = produce(ck.reader, Path(out), output, write, resume=resume, overwrite=overwrite)
+        return Conversion(
+            str(src), str(out), source.name, None, len(refs), sum(ck.reader.sizes.values()), output.nbytes,
+            tuple(s.file for s in output.shards), resumed, time.perf_counter() - start,
+        )  # fmt: skip
+
+
+def _plain_ref(ref: WeightRef, family: Family) -> WeightRef:
+    original = ref.name.endswith(("mlp1_weight", "mlp2_weight"))
+    swap = family.transposed and not original and classify(ref.name).part in ("gate_up", "down")
+    return replace(
+        ref,
+        format=None,
+        rule=None,
+        input_scale=None,
+        tensors=(ref.name,),
+        transposed=swap and ref.experts is not None,
+    )
+
+
+def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is in a checkpoint, from its headers: layout, bytes by format, how experts are stored, share of weights quantized.
+
+    JSON-ready. Bytes of a quantized weight include its scales; parameters count logical elements.
+    """
+    with Checkpoint(path) as ck:
+        formats: dict[str, dict[str, int]] = {}
+        quantized = 0
+        for ref in ck.weights.values():
+            row = formats.setdefault(str(ref.format), {"weights": 0, "parameters": 0, "bytes": 0})
+            row["weights"] += ref.experts or 1
+            row["parameters"] += math.prod(ref.shape)
+            row["bytes"] += sum(ck.reader.tensors[t].nbytes for t in ref.tensors)
+            quantized += math.prod(ref.shape)
+        owned = {t for r in ck.weights.values() for t in r.tensors}
+        for info in ck.reader:
+            if info.name not in owned:
+                row = formats.setdefault(info.dtype.lower(), {"weights": 0, "parameters": 0, "bytes": 0})
+                row["weights"] += 1
+                row["parameters"] += info.numel
+                row["bytes"] += info.nbytes
+        total = quantized + sum(i.numel for i in ck.reader if i.name not in owned)
+        every = (*ck.weights.values(), *ck.plain.values())
+        kinds = Counter(r.kind for r in every if r.kind in ("expert", "fused_expert"))
+        experts = sum(math.prod(r.shape) for r in every if r.kind in kinds)
+        experts_quantized = sum(math.prod(r.shape) for r in ck.weights.values() if r.kind in kinds)
+        config = ck.configs.get("config.json", {})
+        return {
+            "path": str(path),
+            "layout": ck.layout.name if ck.layout is not None else None,
+            "family": ck.family.name,
+            "experts": "fused" if kinds["fused_expert"] else "per-expert" if kinds["expert"] else None,
+            "shards": len(ck.reader.files),
+            "tensors": len(ck.reader),
+            "bytes": sum(ck.reader.sizes.values()),
+            "parameters": total,
+            "coverage": quantized / max(1, total),
+            "expert_coverage": experts_quantized / experts if experts else None,
+            "formats": formats,
+            "unquantized_experts": [r.name for r in ck.plain.values() if r.kind in kinds] if ck.weights else [],
+            "made_by": config.get("mx_quant"),
+        }

@@ -1,0 +1,451 @@
+"""Quantization kernels: quantize, dequantize, both at once, and NVFP4's global scale.
+
+    x [..., K] -> codes [..., K] and one scale per block [..., K / block];  x ~ decode(code) * scale * global_scale
+
+Bit for bit the values of ``mx_kernels.reference``. All are bound by memory: one pass, each block in the registers of a few
+neighbouring threads. A program takes BLOCKS blocks; B is a block's length. Letters: N blocks in all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..formats import Format, ScaleRule, get_format
+from .bits import (
+    block_amax,
+    decode,
+    e8m0_byte,
+    e8m0_reciprocal,
+    e8m0_value,
+    element_bits,
+    encode,
+    round_to,
+    split4,
+    word_factor,
+    words,
+)
+from .launch import launch, target
+
+_OFFLINE = (ScaleRule.SEARCH.value, ScaleRule.FOUR_OVER_SIX.value)
+_CHUNK = 1 << 26  # elements that a rule without a kernel works on at a time
+
+
+@triton.jit
+def _fp8(v, ELEMENT: tl.constexpr, FP8: tl.constexpr):
+    """FP8 codes, uint8: the conversion instruction where the architecture has it (rounds, saturates), else by integers."""
+    if FP8:
+        if ELEMENT == "e4m3":
+            return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            return v.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:
+        return encode(v, ELEMENT).to(tl.uint8)
+
+
+@triton.jit
+def _divided(a, d):
+    """a / d, rounded to nearest: the quotient by the reciprocal of the scalar d, corrected twice. For d in 2^-60 ... 2^60.
+
+    Above 2^9 only the order of magnitude is right, below 2^-20 the last place may not be; both are clamped afterwards.
+    """
+    inverse = tl.div_rn(1.0, d)
+    q = a * inverse
+    p = tl.fma(tl.fma(-q, d, a), inverse, q)
+    p = tl.fma(tl.fma(-p, d, a), inverse, p)
+    return tl.where(q < 512.0, p, q)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x, rounded to nearest, for x in 2^-100 ... 2^100: what NVIDIA's rcp.rn.f32 does there, without its branches."""
+    y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
+def _nvfp4_step(amax, global_scale, FP8: tl.constexpr, FAST: tl.constexpr):
+    """Block scale code [N] int32 of blocks that are finite and not zero, and the reciprocal of scale * global_scale."""
+    d = 6.0 * global_scale
+    ratio = _divided(amax, d) if FAST else tl.div_rn(amax, d)
+    code = _fp8(tl.minimum(tl.maximum(ratio, 0.001953125), 448.0), "e4m3", FP8).to(tl.int32)
+    step = decode(code, "e4m3") * global_scale
+    return code, _reciprocal(step) if FAST else tl.div_rn(1.0, step)
+
+
+@triton.jit
+def _block_scale(
+    x, g, ELEMENT: tl.constexpr, RULE: tl.constexpr, E8M0: tl.constexpr, FP8: tl.constexpr, FAST: tl.constexpr
+):
+    """x [N, B] float32 -> scale byte [N] int32, factor [N] that brings the block to the element's range, NaN blocks [N]."""
+    bits = block_amax(x)
+    bad = bits > 0x7F800000
+    if E8M0:
+        byte = e8m0_byte(bits, ELEMENT, RULE)
+        return byte, e8m0_reciprocal(byte), bad
+    else:
+        amax = bits.to(tl.float32, bitcast=True)
+        if FAST and (g > 8.7e-19) & (g < 1.1e18):
+            code, factor = _nvfp4_step(amax, g, FP8, True)
+        else:
+            code, factor = _nvfp4_step(amax, g, FP8, False)
+        zero = bits == 0
+        return tl.where(bad, 0x7F, tl.where(zero, 0, code)), tl.where(zero, 1.0, factor), bad
+
+
+@triton.jit
+def _store_codes(
+    data,
+    start,
+    live,
+    v,
+    bad,
+    ELEMENT: tl.constexpr,
+    FP8: tl.constexpr,
+    ASM: tl.constexpr,
+    NARROW: tl.constexpr,
+    N: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Encode v [N, B] and store the codes of blocks start ... start + N - 1; codes of NaN blocks are 0."""
+    BITS: tl.constexpr = element_bits(ELEMENT)
+    n = tl.arange(0, N)[:, None]
+    if BITS == 8:
+        v = tl.where(bad[:, None], 0.0, v)
+        data += start * B
+        tl.store(data + (n * B + tl.arange(0, B)[None, :]), _fp8(v, ELEMENT, FP8), mask=live[:, None])
+    else:
+        word = tl.where(bad[:, None], 0, words(v, ELEMENT, ASM, NARROW, N, B))
+        if BITS == 4:
+            data = data.to(tl.pointer_type(tl.int32)) + start * (B // 8)
+            tl.store(data + (n * (B // 8) + tl.arange(0, B // 8)[None, :]), word, mask=live[:, None])
+        else:
+            # Four groups of 24 bits are three words. Word j of a block's half h lies at 6 n + 3 h + j.
+            q0, q1, q2, q3 = split4(word, N, B // 16)
+            w0 = q0 | (q1 << 24)
+            w1 = ((q1 >> 8) & 0xFFFF) | (q2 << 16)
+            w2 = ((q2 >> 16) & 0xFF) | (q3 << 8)
+            j = tl.arange(0, 4)[None, None, :]
+            triple = tl.where(j == 0, w0[:, :, None], tl.where(j == 1, w1[:, :, None], w2[:, :, None]))
+            data = data.to(tl.pointer_type(tl.int32)) + start * 6
+            at = n[:, :, None] * 6 + tl.arange(0, B // 16)[None, :, None] * 3 + j
+            tl.store(data + at, triple, mask=live[:, None, None] & (j < 3))
+
+
+@triton.jit
+def _load_blocks(
+    x, start, live, stride, per_row, ROWS: tl.constexpr, PAIRS: tl.constexpr, N: tl.constexpr, B: tl.constexpr
+):
+    """Blocks start ... start + N - 1 of x as float32 [N, B]."""
+    W: tl.constexpr = B // 2 if PAIRS else B
+    if PAIRS:
+        x = x.to(tl.pointer_type(tl.int32))
+    w = tl.arange(0, W)[None, :]
+    if ROWS:
+        block = start + tl.arange(0, N)
+        row = block // per_row
+        at = (row * (stride // (B // W)) + (block - row * per_row) * W)[:, None] + w
+    else:
+        x += start * W
+        at = tl.arange(0, N)[:, None] * W + w
+    v = tl.load(x + at, mask=live[:, None], other=0)
+    if PAIRS:
+        # Two bf16 a word: one instruction each.
+        return tl.join(v << 16, v & -65536).reshape(N, B).to(tl.float32, bitcast=True)
+    else:
+        return v.to(tl.float32)
+
+
+@triton.jit
+def _quantize_kernel(
+    x,  # N blocks; rows of per_row blocks are ``stride`` elements apart where ROWS
+    data,
+    scale,  # [N]
+    global_scale,  # [] or one per per_global blocks
+    stride,
+    blocks,  # N
+    per_row,
+    per_global,
+    ELEMENT: tl.constexpr,
+    RULE: tl.constexpr,
+    E8M0: tl.constexpr,
+    FP8: tl.constexpr,  # the architecture converts to FP8
+    ASM: tl.constexpr,  # PTX instructions
+    PAIRS: tl.constexpr,  # x is bf16, aligned to 4 bytes
+    ROWS: tl.constexpr,
+    GLOBALS: tl.constexpr,  # 0: one; 1: one per program; 2: any
+    ROUND_TRIP: tl.constexpr,  # data gets the values instead of the codes
+    N: tl.constexpr,
+    B: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * N
+    n = tl.arange(0, N)
+    live = n < tl.minimum(blocks - start, N).to(tl.int32)
+    NARROW: tl.constexpr = E8M0 and x.dtype.element_ty != tl.float32
+    v = _load_blocks(x, start, live, stride, per_row, ROWS, PAIRS, N, B)
+    g = 1.0
+    if not E8M0:
+        if GLOBALS == 0:
+            g = tl.load(global_scale)
+        elif GLOBALS == 1:
+            g = tl.load(global_scale + start // per_global)
+        else:
+            g = tl.load(global_scale + (start + n) // per_global, mask=live, other=1.0)
+    byte, factor, bad = _block_scale(v, g, ELEMENT, RULE, E8M0, FP8, ASM and GLOBALS < 2)
+    if ROUND_TRIP:
+        if E8M0:
+            step = e8m0_value(byte)
+        else:
+            step = tl.where(bad, float("nan"), decode(byte, "e4m3"))
+        v = round_to(v * factor[:, None], ELEMENT) * step[:, None]
+        if not E8M0:
+            if GLOBALS == 2:
+                v = v * g[:, None]
+            else:
+                v = v * g
+        data += start * B
+        at = n[:, None] * B + tl.arange(0, B)[None, :]
+        tl.store(data + at, v.to(data.dtype.element_ty), mask=live[:, None])
+    else:
+        tl.store(scale + start + n, byte.to(tl.uint8), mask=live)
+        if ASM and element_bits(ELEMENT) < 8:
+            factor = factor * word_factor(ELEMENT)
+        _store_codes(data, start, live, v * factor[:, None], bad, ELEMENT, FP8, ASM, NARROW, N, B)
+
+
+@triton.jit
+def _load_values(data, start, live, ELEMENT: tl.constexpr, FP8: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
+    """The elements of blocks start ... start + N - 1 as float32 [N, B]."""
+    BITS: tl.constexpr = element_bits(ELEMENT)
+    n = tl.arange(0, N)[:, None]
+    if BITS == 8:
+        code = tl.load(data + start * B + (n * B + tl.arange(0, B)[None, :]), mask=live[:, None], other=0)
+        if FP8 and ELEMENT == "e4m3":
+            return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            return decode(code.to(tl.int32), ELEMENT)
+    else:
+        data = data.to(tl.pointer_type(tl.int32)) + start * (B * BITS // 32)
+        if BITS == 4:
+            word = tl.load(data + (n * (B // 8) + tl.arange(0, B // 8)[None, :]), mask=live[:, None], other=0)
+            code = word[:, :, None] >> (tl.arange(0, 8)[None, None, :] * 4)
+        else:
+            at = data + (n * 6 + tl.arange(0, B // 16)[None, :] * 3)
+            w0 = tl.load(at, mask=live[:, None], other=0)
+            w1 = tl.load(at + 1, mask=live[:, None], other=0)
+            w2 = tl.load(at + 2, mask=live[:, None], other=0)
+            q1 = ((w0 >> 24) & 0xFF) | (w1 << 8)
+            q2 = ((w1 >> 16) & 0xFFFF) | (w2 << 16)
+            four = tl.join(tl.join(w0, q2), tl.join(q1, w2 >> 8))
+            code = four.reshape(N, B // 4)[:, :, None] >> (tl.arange(0, 4)[None, None, :] * 6)
+        return decode(code, ELEMENT).reshape(N, B)
+
+
+@triton.jit
+def _dequantize_kernel(
+    data,
+    scale,  # [N]
+    global_scale,  # [] or one per per_global blocks
+    out,
+    blocks,  # N
+    per_global,
+    ELEMENT: tl.constexpr,
+    E8M0: tl.constexpr,
+    FP8: tl.constexpr,
+    GLOBALS: tl.constexpr,  # 0: one or none; 1: one per program; 2: any
+    N: tl.constexpr,
+    B: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * N
+    n = tl.arange(0, N)
+    live = n < tl.minimum(blocks - start, N).to(tl.int32)
+    byte = tl.load(scale + start + n, mask=live, other=0).to(tl.int32)
+    step = e8m0_value(byte) if E8M0 else decode(byte, "e4m3")
+    v = _load_values(data, start, live, ELEMENT, FP8, N, B) * step[:, None]
+    if not E8M0:
+        if GLOBALS == 0:
+            v = v * tl.load(global_scale)
+        elif GLOBALS == 1:
+            v = v * tl.load(global_scale + start // per_global)
+        else:
+            v = v * tl.load(global_scale + (start + n) // per_global, mask=live, other=1.0)[:, None]
+    at = n[:, None] * B + tl.arange(0, B)[None, :]
+    tl.store(out + start * B + at, v.to(out.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _amax_kernel(x, partial, stride, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Largest finite magnitude of this program's share of matrix program_id(1), as float32 bits: partial [matrices, parts]."""
+    matrix = tl.program_id(1).to(tl.int64)
+    r = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, COLUMNS)[None, :]
+    best = tl.zeros((ROWS, COLUMNS), tl.int32)
+    for row in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        line = x + (matrix * rows + row) * stride
+        for column in range(0, columns, COLUMNS):
+            live = (row + r < rows) & (column + c < columns)
+            v = tl.load(line + r.to(tl.int64) * stride + column + c, mask=live, other=0.0).to(tl.float32)
+            bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            best = tl.maximum(best, tl.where(bits < 0x7F800000, bits, 0))
+    tl.store(partial + matrix * tl.num_programs(0) + tl.program_id(0), tl.max(best))
+
+
+@triton.jit
+def _global_scale_kernel(partial, out, parts, GLOBAL_MIN: tl.constexpr, PARTS: tl.constexpr):
+    """The global scale of matrix program_id(0) from its parts."""
+    p = tl.arange(0, PARTS)
+    amax = tl.max(tl.load(partial + tl.program_id(0) * parts + p, mask=p < parts, other=0)).to(tl.float32, bitcast=True)
+    g = tl.maximum(tl.div_rn(amax, 2688.0), GLOBAL_MIN)
+    tl.store(out + tl.program_id(0), tl.where(amax > 0, g, 1.0))
+
+
+# --- launchers: the arguments and results of the custom ops of the same names ---
+
+BLOCKS = {"quantize": {8: 128, 6: 128, 4: 128}, "dequantize": {8: 128, 6: 128, 4: 128}}
+"""Blocks of 32 that a program of four warps takes, by bits of an element."""
+
+
+def _rows(x: Tensor) -> tuple[Tensor, bool]:
+    """x [..., K] as rows [R, K] (copied only if no such view exists), and whether they lie apart."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows, rows.shape[0] > 1 and rows.stride(0) != rows.shape[1]
+
+
+def _globals(global_scale: Tensor | None, blocks: int, n: int) -> tuple[int, int]:
+    """(GLOBALS, blocks per global scale) of programs of n blocks."""
+    if global_scale is None or global_scale.numel() == 1:
+        return 0, blocks
+    each = blocks // global_scale.numel()
+    return (1 if each % n == 0 else 2), each
+
+
+def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tensor, scale: Tensor | None) -> None:
+    rows, apart = _rows(x)
+    blocks, per_row = x.numel() // f.block, x.shape[-1] // f.block
+    device = target(x.device)
+    bits = f.element.bits
+    n = BLOCKS["quantize"][bits] * 32 // f.block
+    kind, each = _globals(g, blocks, n)
+    aligned = rows.data_ptr() % 4 == 0 and rows.stride(0) % 2 == 0
+    launch(
+        _quantize_kernel,
+        (triton.cdiv(blocks, n),),
+        x.device,
+        rows,
+        data,
+        scale,
+        None if g is None else g.contiguous(),
+        rows.stride(0),
+        blocks,
+        per_row,
+        each,
+        ELEMENT=f.element.name,
+        RULE=rule,
+        E8M0=f.scale == "e8m0",
+        FP8=device.fp8,
+        ASM=device.asm and (device.fp8 or bits != 6),
+        PAIRS=bits < 8 and x.dtype == torch.bfloat16 and aligned,
+        ROWS=apart,
+        GLOBALS=kind,
+        ROUND_TRIP=scale is None,
+        N=n,
+        B=f.block,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def quantize(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [..., data_width(K)] and scale bytes [..., K / block], uint8.
+
+    The rules that try several scales (SEARCH, FOUR_OVER_SIX) are offline rules: the reference runs on the device, in chunks.
+    """
+    f = get_format(format)
+    lead, k = x.shape[:-1], x.shape[-1]
+    data = torch.empty((*lead, f.data_width(k)), dtype=torch.uint8, device=x.device)
+    scale = torch.empty((*lead, k // f.block), dtype=torch.uint8, device=x.device)
+    if x.numel() == 0:
+        return data, scale
+    if rule not in _OFFLINE:
+        _run_quantize(x, f, rule, global_scale, data, scale)
+        return data, scale
+    rows = x.reshape(-1, k)
+    g = global_scale
+    if g is not None and g.ndim:
+        g = g.reshape(-1).repeat_interleave(rows.shape[0] // g.numel())
+    step = max(1, _CHUNK // k)
+    for i in range(0, rows.shape[0], step):
+        part = slice(i, i + step)
+        codes, bytes_ = reference.quantize_codes(rows[part], f, rule, g if g is None or g.ndim == 0 else g[part])
+        data.view(-1, data.shape[-1])[part] = reference.pack_codes(codes, f)
+        scale.view(-1, scale.shape[-1])[part] = bytes_
+    return data, scale
+
+
+def quantize_dequantize(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> Tensor:
+    """The values of x [..., K] after a round trip, in x's dtype, contiguous."""
+    if rule in _OFFLINE:
+        return dequantize(*quantize(x, format, rule, global_scale), global_scale, format, x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        _run_quantize(x, get_format(format), rule, global_scale, out, None)
+    return out
+
+
+def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    """Values [..., K] of ``dtype`` from codes [..., data_width(K)] and scale bytes [..., K / block]."""
+    f = get_format(format)
+    blocks = scale.numel()
+    out = torch.empty((*scale.shape[:-1], scale.shape[-1] * f.block), dtype=dtype, device=data.device)
+    if blocks == 0:
+        return out
+    data, scale = data.contiguous(), scale.contiguous()
+    if data.data_ptr() % 4:
+        data = data.clone()
+    n = BLOCKS["dequantize"][f.element.bits] * 32 // f.block
+    kind, each = _globals(global_scale, blocks, n)
+    launch(
+        _dequantize_kernel,
+        (triton.cdiv(blocks, n),),
+        data.device,
+        data,
+        scale,
+        None if global_scale is None else global_scale.contiguous(),
+        out,
+        blocks,
+        each,
+        ELEMENT=f.element.name,
+        E8M0=f.scale == "e8m0",
+        FP8=target(data.device).fp8,
+        GLOBALS=kind,
+        N=n,
+        B=f.block,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def compute_global_scale(x: Tensor) -> Tensor:
+    """NVFP4's global scale, one per matrix of x [..., N, K], [] for up to two dimensions; two launches, deterministic."""
+    lead = x.shape[: max(0, x.ndim - 2)]
+    if x.numel() == 0:
+        return torch.ones(lead, dtype=torch.float32, device=x.device)
+    rows, _ = _rows(x)
+    matrices = lead.numel()
+    per_matrix = rows.shape[0] // matrices
+    columns = min(1024, triton.next_power_of_2(rows.shape[1]))
+    height = 4096 // columns
+    parts = max(1, min(triton.cdiv(per_matrix, height), 4096 // matrices, 1024))
+    partial = torch.empty((matrices, parts), dtype=torch.int32, device=x.device)
+    out = torch.empty(lead, dtype=torch.float32, device=x.device)
+    shape = (rows.stride(0), per_matrix, rows.shape[1])
+    launch(_amax_kernel, (parts, matrices), x.device, rows, partial, *shape, ROWS=height, COLUMNS=columns, num_warps=4)
+    size = triton.next_power_of_2(parts)
+    launch(
+        _global_scale_kernel, (matrices,), x.device, partial, out, parts, reference.GLOBAL_MIN, PARTS=size, num_warps=1
+    )
+    return out

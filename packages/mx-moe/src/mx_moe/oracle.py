@@ -158,6 +158,7 @@ def make_experts(
         inputs=inputs,
         expert_map=expert_map,
         router_weight_on_input=router_weight_on_input,
+        dtype=problem.dtype,
     )
     return experts
 

@@ -158,8 +158,10 @@ class ExpertsBase:
         inputs: str | None = None,
         expert_map: Tensor | None = None,
         router_weight_on_input: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.choice = choice
+        self.dtype = dtype or weights.dtype
         self.activation = activation
         self.expert_map = expert_map
         self.router_weight_on_input = router_weight_on_input
@@ -185,6 +187,10 @@ class ExpertsBase:
     def weights(self) -> ExpertWeights:
         """The weights in their canonical layout."""
         return self._weights
+
+    def update_weights(self, weights: ExpertWeights) -> None:
+        """Write new weights into the memory of the old ones, so that captured graphs see them; ValueError unless they fit."""
+        self._weights.copy_(weights)
 
     @property
     def nbytes(self) -> int:

@@ -109,7 +109,11 @@ class MxExperts:
 def _moved(experts: ExpertsBase, device: torch.device) -> ExpertsBase:
     fmt = experts.inputs.format
     return make_experts(
-        experts.weights, experts.activation, device=device, inputs="auto" if fmt is None else fmt.name, dtype=experts.dtype
+        experts.weights,
+        experts.activation,
+        device=device,
+        inputs="auto" if fmt is None else fmt.name,
+        dtype=experts.dtype,
     )
 
 
@@ -206,7 +210,9 @@ def experts_activation(module: nn.Module) -> Activation:
             "unknown. Pass allow_skipped=True to leave it in 16 bits"
         )
     if getattr(module, "has_post_expert_norm", False):
-        raise ValueError(f"{kind} normalizes each expert's output (has_post_expert_norm), which our pipeline does not do")
+        raise ValueError(
+            f"{kind} normalizes each expert's output (has_post_expert_norm), which our pipeline does not do"
+        )
     if isinstance(module, MxExperts):
         raise ValueError(f"{kind} is quantized already: load the model again to quantize it differently")
     layout = "concatenated" if getattr(module, "is_concatenated", True) else "interleaved"
@@ -215,9 +221,11 @@ def experts_activation(module: nn.Module) -> Activation:
     h = torch.cat((ramp, ramp.flip(0) * 0.9 + 0.3)) if gated else ramp
     given = mq.interleave(h[None], 1) if gated and layout == "interleaved" else h[None]
     with torch.no_grad():
-        want = module._apply_gate(given) if gated else module.act_fn(given)
+        gate: Any = module._apply_gate if gated else module.act_fn
+        want = gate(given).float()
     for candidate in _candidates(module, gated):
-        if torch.allclose(mk.activate(h[None], candidate), want.float(), rtol=1e-5, atol=1e-5):
+        got = mk.activate(h[None], candidate)
+        if isinstance(got, Tensor) and torch.allclose(got, want, rtol=1e-5, atol=1e-5):
             return candidate
     raise ValueError(
         f"the gate of {kind} equals none of our activations (silu, swiglu_oai, gelu, gelu_tanh, relu2, identity, with the "
@@ -227,7 +235,9 @@ def experts_activation(module: nn.Module) -> Activation:
 
 def _candidates(module: nn.Module, gated: bool) -> Iterator[Activation]:
     sources = (vars(module), getattr(getattr(module, "config", None), "__dict__", {}))
-    numbers = {k: float(v) for s in sources for k, v in s.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    numbers = {
+        k: float(v) for s in sources for k, v in s.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
     limits = [None, *(v for k, v in numbers.items() if ("limit" in k or "clamp" in k) and v > 0)]
     for limit, kind in itertools.product(limits, ("silu", "gelu", "gelu_tanh", "relu2", "identity")):
         yield Activation(kind, gated=gated, limit=limit)
@@ -248,7 +258,7 @@ def experts_weights(module: nn.Module, scheme: Scheme | None, *, name: str = "ex
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     prefix = "gate_up_proj" if module.has_gate else "up_proj"
     b13 = getattr(module, prefix + "_bias").detach() if module.has_bias else None
-    b2 = module.down_proj_bias.detach() if module.has_bias else None  # type: ignore[operator, union-attr]
+    b2 = module.down_proj_bias.detach() if module.has_bias else None  # type: ignore[operator]
     interleaved = bool(module.has_gate) and not getattr(module, "is_concatenated", True)
     layout = "interleaved" if interleaved else "concatenated"
     if scheme is not None:

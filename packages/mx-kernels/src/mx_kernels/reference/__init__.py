@@ -4,7 +4,7 @@ Twins take the same arguments as the public functions and return the same values
 """
 
 from .activation import activate, activated
-from .elements import code_values, decode, encode, pack_codes, scale_to_float, scale_to_reciprocal, unpack_codes
+from .elements import ABS_MASK, INF_BITS, code_values, decode, encode, pack_codes, scale_to_float, scale_to_reciprocal, unpack_codes
 from .gemm import gemm, grouped_gemm
 from .moe import combine, moe_align_block_size
 from .quantize import (
@@ -15,6 +15,7 @@ from .quantize import (
     dequantize_parts,
     e4m3_scale,
     e8m0_scale,
+    nvfp4_reciprocal,
     quantize,
     quantize_codes,
     quantize_dequantize,
@@ -22,6 +23,8 @@ from .quantize import (
 from .rebase import concatenated_rows, gate_up_rows, grouped_gemm_rebased, rebase_rows, rebased
 
 __all__ = [
+    "ABS_MASK",
+    "INF_BITS",
     "rebased",
     "rebase_rows",
     "grouped_gemm_rebased",
@@ -40,6 +43,7 @@ __all__ = [
     "e4m3_scale",
     "e8m0_scale",
     "encode",
+    "nvfp4_reciprocal",
     "gemm",
     "grouped_gemm",
     "moe_align_block_size",

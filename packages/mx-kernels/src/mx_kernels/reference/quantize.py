@@ -89,13 +89,14 @@ def _e8m0_codes(blocks: Tensor, scale: Tensor, element: Element) -> Tensor:
     return torch.where((scale == 255)[..., None], 0, codes).to(torch.uint8)
 
 
+def nvfp4_reciprocal(scale: Tensor, global_scale: Tensor) -> Tensor:
+    """1 / (s g) of E4M3 codes, float32, and 0 for code 0 (a block of zeros): what NVFP4's elements are multiplied by."""
+    return torch.where(scale == 0, 0.0, 1 / (decode(scale, E4M3) * global_scale))
+
+
 def _nvfp4_codes(blocks: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     """blocks float32 [..., 16], scale uint8 [...], global scale broadcast to it -> codes uint8 [..., 16]."""
-    step = decode(scale, E4M3) * global_scale
-    codes = encode(blocks * (1 / step)[..., None], E2M1)
-    # A zero step belongs to a block of zeros: 0 * inf is NaN, so the codes there are the signs alone.
-    zero = (blocks.view(torch.int32) < 0).to(torch.uint8) << 3
-    codes = torch.where((scale == 0)[..., None], zero, codes)
+    codes = encode(blocks * nvfp4_reciprocal(scale, global_scale)[..., None], E2M1)
     return torch.where((scale == 0x7F)[..., None], 0, codes).to(torch.uint8)
 
 

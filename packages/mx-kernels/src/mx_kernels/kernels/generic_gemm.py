@@ -1,0 +1,448 @@
+"""GEMM and grouped GEMM on the canonical layout: one kernel for every GPU and every mix of operands.
+
+    out[p, n] = epilogue(sum_k x[p // top_k, k] * w[e, n, k])
+
+A program computes BN rows of w times BM rows of x, transposed (w on the side of the matrix unit's M, where block-scaled
+instructions want 128 rows whatever the number of tokens is). COMPUTE says how:
+
+- "native": ``tl.dot_scaled`` on codes and scales, where the architecture has the instruction;
+- "bf16": operands decoded to bf16 in registers, exactly (``operands``). A float16 operand is split into two bf16 whose sum it
+  is, and multiplied twice: float16 could not hold the scaled codes, and one bf16 could not hold the float16;
+- "fp16": two float16 operands; "fp32": anything with a float32 operand, in full float32 precision.
+
+A gated activation needs gate n and up n in one program: its tile holds alternately 8 gate and 8 up rows of w, wherever the
+activation's layout has them, so that on NVIDIA's accumulator layout both are in one thread.
+
+Letters: P pairs, E experts, N rows of w, K summed over, B a scale's block. Offsets of experts and rows are 64-bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device import Device
+from ..formats import get_format
+from .epilogue import activated, store_quantized
+from .operands import (
+    decoded,
+    halves,
+    load_scales,
+    load_stored,
+    native_name,
+    native_operand,
+    native_scale,
+)
+
+_PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@triton.jit
+def _mul_add(w, x, acc, WKIND: tl.constexpr, XKIND: tl.constexpr, COMPUTE: tl.constexpr):
+    """acc [BN, BM] + w [BN, BK] @ x [BM, BK].T of decoded tiles."""
+    if COMPUTE == "fp32":
+        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    elif COMPUTE == "fp16":
+        return tl.dot(w, tl.trans(x), acc)
+    elif XKIND == "fp16":
+        high, low = halves(x)
+        acc = tl.dot(w, tl.trans(low), acc)
+        return tl.dot(w, tl.trans(high), acc)
+    elif WKIND == "fp16":
+        high, low = halves(w)
+        acc = tl.dot(low, tl.trans(x), acc)
+        return tl.dot(high, tl.trans(x), acc)
+    else:
+        return tl.dot(w, tl.trans(x), acc)
+
+
+@triton.jit
+def _rows_of_block(
+    sorted_ids,
+    expert_ids,
+    num_padded,
+    num_pairs,
+    E,
+    ROUTING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """(expert or -1, pairs [BM], live [BM]) of this program.
+
+    ROUTING "none": all rows in order, one weight. "sorted": block b of the alignment. "self": program b leads the block if
+    pair b is the first, or the BLOCK-th, 2 BLOCK-th .. after it, that goes to its expert, and collects those that follow.
+    """
+    pid = tl.program_id(1)
+    m = tl.arange(0, BM)
+    if ROUTING == "none":
+        pair = pid * BM + m
+        return 0, pair, pair < num_pairs
+    elif ROUTING == "sorted":
+        PARTS: tl.constexpr = (BLOCK + BM - 1) // BM
+        block = pid // PARTS
+        slot = block * BLOCK + (pid % PARTS) * BM + m
+        e = -1
+        if block * BLOCK < tl.load(num_padded):
+            e = tl.load(expert_ids + block)
+        pair = tl.load(sorted_ids + slot, mask=(m < BLOCK) & (e >= 0), other=num_pairs)
+        return e, pair, pair < num_pairs
+    else:
+        i = tl.arange(0, PAIRS)
+        ids = tl.load(expert_ids + i, mask=i < num_pairs, other=-1)
+        e = tl.load(expert_ids + pid)
+        same = (ids == e).to(tl.int32)
+        place = tl.cumsum(same, 0) - 1
+        rank = tl.sum(tl.where(i < pid, same, 0), 0)
+        e = tl.where((e >= 0) & (e < E) & (rank % BM == 0), e, -1)
+        mine = (same[None, :] == 1) & (place[None, :] == (rank + m)[:, None])
+        live = tl.sum(mine.to(tl.int32), 1) > 0
+        return e, tl.sum(tl.where(mine, i[None, :], 0), 1), live
+
+
+@triton.jit
+def _gemm_kernel(
+    x,  # [M, ..]
+    x_scale,
+    x_global,
+    x_stride,
+    x_scale_stride,
+    w,  # [E, N, ..]
+    w_scale,
+    w_global,
+    w_stride_e,
+    w_stride_n,
+    w_scale_stride_e,
+    w_scale_stride_n,
+    out,  # [P, N_out], or its codes
+    out_scale,
+    sorted_ids,
+    expert_ids,
+    num_padded,
+    num_pairs,
+    top_k,
+    E,
+    N,
+    K,
+    bias,
+    bias_stride_e,
+    row_weight,
+    alpha,
+    beta,
+    limit,
+    XKIND: tl.constexpr,
+    XB: tl.constexpr,
+    X_GLOBAL: tl.constexpr,  # "", "one" or "row"
+    WKIND: tl.constexpr,
+    WB: tl.constexpr,
+    W_GLOBAL: tl.constexpr,  # "", "one" or "expert"
+    ROUTING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GATED: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ROW_WEIGHT: tl.constexpr,
+    ELEMENT: tl.constexpr,  # of the requantized result, or ""
+    RULE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    e, pair, live = _rows_of_block(sorted_ids, expert_ids, num_padded, num_pairs, E, ROUTING, BLOCK, BM, PAIRS)
+    if e < 0:
+        return
+    e = e.to(tl.int64) if ROUTING != "none" else tl.full((), 0, tl.int64)
+    pid_n = tl.program_id(0)
+    r = tl.arange(0, BN)
+    if GATED:
+        I = N // 2
+        col = pid_n * (BN // 2) + r // 16 * 8 + r % 8
+        half = r // 8 % 2
+        inside = col < I
+        n = tl.where(inside, 2 * col + half if INTERLEAVED else col + half * I, 0)
+    else:
+        I = N
+        n = pid_n * BN + r
+        inside = n < N
+        n = tl.where(inside, n, 0)  # rows past the end repeat row 0 and are not stored
+    row = (pair // top_k).to(tl.int64)
+    xp = x + (row * x_stride)[:, None]
+    wp = w + (e * w_stride_e + n.to(tl.int64) * w_stride_n)[:, None]
+    MASK_K: tl.constexpr = not EVEN_K
+    if XB > 0:
+        xsp = x_scale + (row * x_scale_stride)[:, None]
+    if WB > 0:
+        wsp = w_scale + (e * w_scale_stride_e + n.to(tl.int64) * w_scale_stride_n)[:, None]
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k in range(0, K, BK):
+        xt = load_stored(xp, live, k, K, XKIND, BK, True, MASK_K)
+        wt = load_stored(wp, inside, k, K, WKIND, BK, False, MASK_K)
+        xs = None
+        ws = None
+        if XB > 0:
+            xs = load_scales(xsp, live, k, K, XB, BK, True, MASK_K)
+        if WB > 0:
+            ws = load_scales(wsp, inside, k, K, WB, BK, False, MASK_K)
+        if COMPUTE == "native":
+            acc = tl.dot_scaled(
+                native_operand(wt, WKIND),
+                native_scale(ws, WB),
+                native_name(WKIND),
+                tl.trans(native_operand(xt, XKIND)),
+                native_scale(xs, XB),
+                native_name(XKIND),
+                acc,
+            )
+        else:
+            wv = decoded(wt, ws, WKIND, WB, COMPUTE == "fp32")
+            xv = decoded(xt, xs, XKIND, XB, COMPUTE == "fp32")
+            acc = _mul_add(wv, xv, acc, WKIND, XKIND, COMPUTE)
+
+    if X_GLOBAL == "row":
+        g = tl.load(x_global + row, mask=live, other=0.0)
+        if W_GLOBAL == "one":
+            g = g * tl.load(w_global)
+        if W_GLOBAL == "expert":
+            g = g * tl.load(w_global + e)
+        acc = acc * g[None, :]
+    elif X_GLOBAL == "one" or W_GLOBAL != "":
+        g = 1.0
+        if X_GLOBAL == "one":
+            g = tl.load(x_global)
+        if W_GLOBAL == "one":
+            g = g * tl.load(w_global)
+        if W_GLOBAL == "expert":
+            g = g * tl.load(w_global + e)
+        acc = acc * g
+    if BIAS:
+        acc = acc + tl.load(bias + e * bias_stride_e + n).to(tl.float32)[:, None]
+    if GATED:
+        pairs_of_8 = tl.permute(acc.reshape(BN // 16, 2, 8, BM), (0, 2, 3, 1))
+        gate, up = tl.split(pairs_of_8)
+        o = activated(gate, up, alpha, beta, limit, ACT, True, CLAMP).reshape(BN // 2, BM)
+        C: tl.constexpr = BN // 2
+    else:
+        o = acc
+        if ACT != "":
+            o = activated(acc, acc, alpha, beta, limit, ACT, False, CLAMP)
+        C: tl.constexpr = BN
+    if ROW_WEIGHT:
+        o = o * tl.load(row_weight + pair, mask=live, other=0.0)[None, :]
+    at = pair.to(tl.int64)
+    if ELEMENT == "":
+        c = pid_n * C + tl.arange(0, C)
+        p = out + (at * I)[:, None] + c[None, :]
+        tl.store(p, tl.trans(o).to(out.dtype.element_ty), mask=live[:, None] & (c < I)[None, :])
+    else:
+        store_quantized(tl.trans(o), out, out_scale, at, live, pid_n * C, I, ELEMENT, RULE, 32)
+
+
+_KERNEL_RULES = ("floor", "ceil", "even", "rceil")  # the others try several scales: quantized by a second launch
+
+
+def _kind(t: Tensor, name: str) -> tuple[str, int]:
+    """(KIND, B) of an operand."""
+    if not name:
+        return _PLAIN[t.dtype], 0
+    f = get_format(name)
+    return f.element.name, f.block
+
+
+def compute_mode(device: Device, x: str, w: str, kinds: tuple[str, str]) -> str:
+    """COMPUTE for operands of these formats ("" plain) and kinds on a device."""
+    if "fp32" in kinds or triton.knobs.runtime.interpret:
+        return "fp32"
+    if x and w and device.native(x, w):
+        return "native"
+    return "fp16" if kinds == ("fp16", "fp16") else "bf16"
+
+
+def tile_config(compute: str, vendor: str, block: int, gated: bool) -> dict[str, int]:
+    """Tile and launch options, from host integers alone: BM, BN, BK, num_warps, num_stages."""
+    bm = min(max(block, 16), 128)
+    if compute == "fp32":
+        return {"BM": min(bm, 64), "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+    wide = bm >= 128
+    if vendor == "amd":
+        return {
+            "BM": bm,
+            "BN": 128,
+            "BK": 128 if compute == "native" else 64,
+            "num_warps": 8 if wide else 4,
+            "num_stages": 2,
+        }
+    if compute == "native":
+        return {"BM": bm, "BN": 128, "BK": 128, "num_warps": 8 if wide else 4, "num_stages": 3}
+    return {"BM": bm, "BN": 128, "BK": 64 if wide else 128, "num_warps": 8 if wide else 4, "num_stages": 3}
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    device: torch.device, x_format: str, w_format: str, x_kind: str, w_kind: str, block: int, gated: bool
+) -> tuple[str, dict[str, int]]:
+    facts = Device.probe(device)
+    compute = compute_mode(facts, x_format, w_format, (x_kind, w_kind))
+    return compute, tile_config(compute, facts.arch.vendor, block, gated)
+
+
+def _launch(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_global: Tensor | None,
+    x_format: str,
+    w: Tensor,  # [E, N, ..]
+    w_scale: Tensor | None,
+    w_global: Tensor | None,
+    w_format: str,
+    routing: tuple[str, Tensor | None, Tensor | None, Tensor | None, int],
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    act: str,
+    act_layout: str,
+    gated: bool,
+    alpha: float,
+    beta: float,
+    limit: float,
+    row_weight: Tensor | None,
+    requantize: str,
+    rule: str,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    (x_kind, xb), (w_kind, wb) = _kind(x, x_format), _kind(w, w_format)
+    how, sorted_ids, expert_ids, num_padded, block = routing
+    num_experts, n = w.shape[0], w.shape[1]
+    k = x_scale.shape[1] * xb if x_scale is not None else x.shape[1]
+    width = n // 2 if gated else n
+    f = get_format(requantize) if requantize else None
+    fused = f is not None and rule in _KERNEL_RULES
+    if f is not None and fused:
+        out = x.new_empty((num_pairs, f.data_width(width)), dtype=torch.uint8)
+        out_scale = x.new_empty((num_pairs, width // f.block), dtype=torch.uint8)
+    else:
+        out = x.new_empty((num_pairs, width), dtype=torch.float32 if f is not None else out_dtype)
+        out_scale = x.new_empty((0,), dtype=torch.uint8)
+    if num_pairs and width:
+        compute, options = _plan(x.device, x_format, w_format, x_kind, w_kind, block, gated)
+        bm, bn = options["BM"], options["BN"]
+        if how == "none":
+            programs = triton.cdiv(num_pairs, bm)
+        elif how == "self":
+            programs = num_pairs
+        else:
+            assert expert_ids is not None
+            programs = expert_ids.shape[0] * max(1, block // bm)
+        if programs:
+            per_row = x_global is not None and x_global.ndim > 0
+            _gemm_kernel[(triton.cdiv(width, bn // 2 if gated else bn), programs)](
+                x,
+                x_scale,
+                x_global,
+                x.stride(0),
+                x_scale.stride(0) if x_scale is not None else 0,
+                w,
+                w_scale,
+                w_global,
+                w.stride(0),
+                w.stride(1),
+                w_scale.stride(0) if w_scale is not None else 0,
+                w_scale.stride(1) if w_scale is not None else 0,
+                out,
+                out_scale,
+                sorted_ids,
+                expert_ids,
+                num_padded,
+                num_pairs,
+                top_k,
+                num_experts,
+                n,
+                k,
+                bias,
+                bias.stride(0) if bias is not None else 0,
+                row_weight,
+                alpha,
+                beta,
+                0.0 if math.isinf(limit) else limit,
+                XKIND=x_kind,
+                XB=xb,
+                X_GLOBAL="" if x_global is None else "row" if per_row else "one",
+                WKIND=w_kind,
+                WB=wb,
+                W_GLOBAL="" if w_global is None else "expert" if w_global.ndim else "one",
+                ROUTING=how,
+                BLOCK=block,
+                PAIRS=triton.next_power_of_2(num_pairs) if how == "self" else 1,
+                BIAS=bias is not None,
+                ACT=act,
+                INTERLEAVED=act_layout == "interleaved",
+                GATED=gated,
+                CLAMP=not math.isinf(limit),
+                ROW_WEIGHT=row_weight is not None,
+                ELEMENT=f.element.name if f is not None and fused else "",
+                RULE=rule if fused else "",
+                COMPUTE=compute,
+                EVEN_K=k % options["BK"] == 0,
+                **options,
+            )
+    if f is not None and not fused:
+        from . import quantize
+
+        data, scale = quantize.quantize(out, f.name, rule, None)
+        return data, scale
+    return out, out_scale
+
+
+def grouped_gemm(
+    x: Tensor,  # [M, ..]
+    x_scale: Tensor | None,
+    x_global: Tensor | None,
+    x_format: str,
+    w: Tensor,  # [E, N, ..]
+    w_scale: Tensor | None,
+    w_global: Tensor | None,
+    w_format: str,
+    sorted_ids: Tensor | None,
+    expert_ids: Tensor,
+    num_padded: Tensor,
+    block_size: int,
+    num_pairs: int,
+    top_k: int,
+    *epilogue: object,
+) -> tuple[Tensor, Tensor]:
+    """The op ``mx_kernels::grouped_gemm``; ``epilogue`` is its arguments from ``bias`` on."""
+    if sorted_ids is None:
+        routing = ("self", None, expert_ids, None, block_size)
+    else:
+        routing = ("sorted", sorted_ids, expert_ids, num_padded, block_size)
+    return _launch(x, x_scale, x_global, x_format, w, w_scale, w_global, w_format, routing, num_pairs, top_k, *epilogue)
+
+
+def gemm(
+    x: Tensor,  # [M, ..]
+    x_scale: Tensor | None,
+    x_global: Tensor | None,
+    x_format: str,
+    w: Tensor,  # [N, ..]
+    w_scale: Tensor | None,
+    w_global: Tensor | None,
+    w_format: str,
+    bias: Tensor | None,
+    *epilogue: object,
+) -> tuple[Tensor, Tensor]:
+    """The op ``mx_kernels::gemm``; ``epilogue`` is its arguments from ``act`` on."""
+    rows = x.shape[0]
+    block = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    routing = ("none", None, None, None, block)
+    w, w_scale = w.unsqueeze(0), None if w_scale is None else w_scale.unsqueeze(0)
+    bias = None if bias is None else bias.unsqueeze(0)
+    return _launch(x, x_scale, x_global, x_format, w, w_scale, w_global, w_format, routing, rows, 1, bias, *epilogue)

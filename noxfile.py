@@ -108,10 +108,10 @@ def minimums(session: nox.Session) -> None:
     lowest = (
         "torch==2.10.0",
         "numpy==1.26.4",
-        "safetensors==0.6.2",
+        "safetensors==0.8.0",
         "tqdm==4.66.0",
         "transformers==5.17.0",
-        "accelerate==1.0.0",
+        "accelerate==1.1.0",
     )
     editable = [arg for package in PACKAGES for arg in ("-e", package)]
     session.install(*lowest, *editable, *nox.project.dependency_groups(PYPROJECT, "test"))

@@ -1,0 +1,142 @@
+"""Activation, alone or fused with the quantization of its result, in one pass.
+
+    h [..., 2 I] (gate and up, concatenated or interleaved), or [..., I] not gated -> [..., I], or codes and scales
+
+In float32, one rounding at the end. A program takes N blocks of B columns of the result, row after row. Bound by memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats import ScaleRule, get_format
+from . import quantize as quantization
+from .bits import element_bits, word_factor
+from .epilogue import activated
+from .launch import launch, target
+from .quantize import _block_scale, _store_codes
+
+
+@triton.jit
+def _activate_kernel(
+    h,  # [R, 2 I] or [R, I]
+    out,  # [R, I], or its codes
+    scale,
+    blocks,
+    per_row,  # I / B
+    alpha,
+    beta,
+    limit,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ELEMENT: tl.constexpr,  # "" stores values
+    RULE: tl.constexpr,
+    FP8: tl.constexpr,
+    ASM: tl.constexpr,
+    WIDE: tl.constexpr,  # 2^31 blocks or more
+    N: tl.constexpr,
+    B: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * N
+    n = tl.arange(0, N)
+    live = n < tl.minimum(blocks - start, N).to(tl.int32)
+    b = tl.arange(0, B)[None, :]
+    if GATED:
+        block = start + n if WIDE else start.to(tl.int32) + n
+        row = (block // per_row).to(tl.int64)
+        # Column c of the result: gate 2 c and up 2 c + 1, or gate c and up I + c.
+        column = (block - row * per_row) * B
+        if INTERLEAVED:
+            pair = tl.arange(0, 2 * B)[None, :]
+            both = tl.load(h + (row * (2 * per_row * B) + 2 * column)[:, None] + pair, mask=live[:, None], other=0.0)
+            g, u = tl.split(both.to(tl.float32).reshape(N, B, 2))
+        else:
+            at = (row * (2 * per_row * B) + column)[:, None] + b
+            g = tl.load(h + at, mask=live[:, None], other=0.0).to(tl.float32)
+            u = tl.load(h + at + per_row * B, mask=live[:, None], other=0.0).to(tl.float32)
+    else:
+        g = tl.load(h + start * B + (n[:, None] * B + b), mask=live[:, None], other=0.0).to(tl.float32)
+        u = g
+    v = activated(g, u, alpha, beta, limit, KIND, GATED, CLAMP)
+    if ELEMENT == "":
+        tl.store(out + start * B + (n[:, None] * B + b), v.to(out.dtype.element_ty), mask=live[:, None])
+    else:
+        byte, factor, bad = _block_scale(v, 1.0, ELEMENT, RULE, True, FP8, False)
+        tl.store(scale + start + n, byte.to(tl.uint8), mask=live)
+        if ASM and element_bits(ELEMENT) < 8:
+            factor = factor * word_factor(ELEMENT)
+        _store_codes(out, start, live, v * factor[:, None], bad, ELEMENT, FP8, ASM, False, N, B)
+
+
+def activate(
+    h: Tensor,  # [..., 2 I] or [..., I]
+    act: str,
+    act_layout: str,
+    gated: bool,
+    alpha: float,
+    beta: float,
+    limit: float,
+    requantize: str,
+    rule: str,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(values [..., I], empty scales), or codes and scale bytes of the MX format ``requantize``.
+
+    Rules that try several scales take a second pass over float32 values.
+    """
+    h = h.contiguous()
+    width = h.shape[-1] // 2 if gated else h.shape[-1]
+    lead = h.shape[:-1]
+    empty = torch.empty(0, dtype=torch.uint8, device=h.device)
+    if requantize and rule == ScaleRule.SEARCH.value:
+        values, _ = activate(h, act, act_layout, gated, alpha, beta, limit, "", "", torch.float32)
+        return quantization.quantize(values, requantize, rule, None)
+    f = get_format(requantize) if requantize else None
+    if f is None:
+        # The widest block that divides a row; 1 for odd widths.
+        block = math.gcd(width, 32) if width else 32
+        out, scale = torch.empty((*lead, width), dtype=out_dtype, device=h.device), empty
+    else:
+        if f.has_global_scale:
+            raise ValueError(f"{f} needs a global scale: activate to float32, then quantize")
+        block = f.block
+        out = torch.empty((*lead, f.data_width(width)), dtype=torch.uint8, device=h.device)
+        scale = torch.empty((*lead, width // block), dtype=torch.uint8, device=h.device)
+    if out.numel() == 0:
+        return out, scale
+    blocks = math.prod(lead) * width // block
+    device = target(h.device)
+    n = 2048 // block
+    launch(
+        _activate_kernel,
+        (triton.cdiv(blocks, n),),
+        h.device,
+        h,
+        out,
+        None if f is None else scale,
+        blocks,
+        width // block,
+        alpha,
+        beta,
+        limit,
+        KIND=act,
+        GATED=gated,
+        INTERLEAVED=act_layout == "interleaved",
+        CLAMP=limit != math.inf,
+        ELEMENT="" if f is None else f.element.name,
+        RULE=rule,
+        FP8=device.fp8,
+        ASM=f is not None and device.asm and (device.fp8 or f.element.bits != 6),
+        WIDE=blocks >= 2**31 - n,
+        N=n,
+        B=block,
+        num_warps=4,
+    )
+    return out, scale

@@ -1,0 +1,87 @@
+"""The weighted sum over a token's experts, in one pass.
+
+    out[t] = sum over slots s, in order, of (weights[t, s] *) y[t * k + s],   dropped pairs left out and never read
+
+In float32, one rounding at the end. Bound by memory: each program takes COLUMNS columns of one token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, target
+
+
+@triton.jit
+def _combine_kernel(
+    y,  # [T * k, H]
+    ids,  # [T, k]
+    expert_map,
+    weights,  # [T, k]
+    out,  # [T, H]
+    experts,
+    num_global,
+    H,
+    TOP_K: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = h < H
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = t * TOP_K + slot
+        e = tl.load(ids + pair)
+        if HAS_MAP:
+            e = tl.load(expert_map + e, mask=(e >= 0) & (e < num_global), other=-1)
+        kept = (e >= 0) & (e < experts)
+        row = tl.load(y + pair * H + h, mask=live & kept, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            # A dropped pair's weight may be anything: it is not read either.
+            row = row * tl.load(weights + pair, mask=kept, other=0.0)
+        total += row
+    tl.store(out + t * H + h, total.to(out.dtype.element_ty), mask=live)
+
+
+def combine(
+    y: Tensor,  # [T * k, H]
+    ids: Tensor,  # [T, k]
+    num_experts: int,
+    expert_map: Tensor | None,  # [E_global]
+    weights: Tensor | None,  # [T, k]
+    out_dtype: torch.dtype,
+) -> Tensor:  # [T, H]
+    """Sum of the rows of each token's pairs."""
+    (tokens, k), width = ids.shape, y.shape[1]
+    out = torch.empty((tokens, width), dtype=out_dtype, device=y.device)
+    if out.numel() == 0:
+        return out
+    # Few tokens: narrower columns, so that every multiprocessor has some.
+    columns = 256
+    while columns < 2048 and columns < width and tokens * triton.cdiv(width, columns) > 8 * target(y.device).units:
+        columns *= 2
+    launch(
+        _combine_kernel,
+        (tokens, triton.cdiv(width, columns)),
+        y.device,
+        y.contiguous(),
+        ids,
+        expert_map,
+        weights,
+        out,
+        num_experts,
+        0 if expert_map is None else expert_map.numel(),
+        width,
+        TOP_K=k,
+        HAS_MAP=expert_map is not None,
+        WEIGHTED=weights is not None,
+        COLUMNS=columns,
+        num_warps=1 if columns <= 256 else 2 if columns == 512 else 4,
+        enable_fp_fusion=False,
+    )
+    return out

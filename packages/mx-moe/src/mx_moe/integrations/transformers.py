@@ -11,7 +11,7 @@ with ours on a ramp of numbers, so that an unknown one is an error and never a w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +182,17 @@ def attach(module: nn.Module, experts: ExpertsBase) -> None:
     for name in ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):
         module._parameters.pop(name, None)
     module.mx_experts = experts  # type: ignore[assignment]
+
+
+def experts_factory(*, backend: str = "auto", inputs: str | None = "scheme") -> Callable[..., nn.Module]:
+    """What ``mx_quant.quantize_model`` and ``load_online`` take as ``experts``: it runs fused experts on our backends."""
+
+    def factory(name: str, module: nn.Module, weights: ExpertWeights) -> nn.Module:
+        activation = experts_activation(module)
+        attach(module, make_experts(weights, activation, backend=backend, inputs=inputs, dtype=weights.dtype))
+        return module
+
+    return factory
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

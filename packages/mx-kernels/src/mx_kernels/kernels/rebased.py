@@ -76,7 +76,7 @@ def rebase_rows(
     scale = torch.empty(slots, dtype=torch.float32, device=x.device)
     if slots and k:
         first, rest = _split(k)
-        warps = 4 if first <= 2048 else 8 if first <= 8192 else 16
+        warps = max(1, min(8, first // 512))
         _rebase_rows_kernel[(slots,)](
             x, x.stride(0), out.view(torch.float8_e4m3fn), scale, sorted_ids, num_padded, num_pairs, top_k, k, first, rest, gather,
             num_warps=warps,
@@ -165,13 +165,18 @@ def _grouped_gemm_rebased_kernel(
     )
 
 
-def tile_config(block_m: int, n: int, promote: bool) -> dict[str, int | bool]:
-    """Tile of weight rows, warps and stages for a block of ``block_m`` tokens, as measured on an H200 (docs/performance.md)."""
+def tile_config(block_m: int, promote: bool) -> dict[str, int | bool]:
+    """Tile of weight rows, warps and stages for a block of ``block_m`` tokens: the fastest of 22 measured (docs/performance.md).
+
+    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill.
+    """
     if block_m >= 128:
-        return {"BN": 128 if promote else 256, "num_warps": 8, "num_stages": 4, "SWAP": False}
+        return {"BN": 256, "num_warps": 8, "num_stages": 4, "SWAP": promote}
     if block_m == 64:
-        return {"BN": 128 if promote or n < 4096 else 256, "num_warps": 4, "num_stages": 4, "SWAP": False}
-    return {"BN": 128, "num_warps": 4, "num_stages": 5, "SWAP": True}
+        return {"BN": 128 if promote else 256, "num_warps": 4, "num_stages": 4, "SWAP": False}
+    if block_m == 32:
+        return {"BN": 128, "num_warps": 4, "num_stages": 5, "SWAP": True}
+    return {"BN": 64, "num_warps": 4, "num_stages": 7, "SWAP": True}
 
 
 def grouped_gemm_rebased(
@@ -188,7 +193,7 @@ def grouped_gemm_rebased(
     if tiles == 0 or y.numel() == 0:
         return y
     fp8 = torch.float8_e4m3fn
-    c = {**tile_config(block_m, n, promote), **(config or {})}
+    c = {**tile_config(block_m, promote), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
     groups = triton.cdiv(tiles, group)
     grid = (groups * group * triton.cdiv(n, bn),)

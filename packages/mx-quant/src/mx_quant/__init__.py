@@ -2,6 +2,7 @@
 
 from .checks import check_finite, joint_global_scale, quantize_finite
 from .convert import Checkpoint, Conversion, convert_checkpoint, dequantize_checkpoint, inspect_checkpoint
+from .coverage import Coverage, Covered
 from .experts import ExpertBuilder, ExpertWeights, deinterleave, interleave, quantize_experts
 from .linear import (
     LinearMethod,
@@ -29,6 +30,7 @@ from .moe_method import (
     OnlineMoEMethod,
 )
 from .offline import QuantizeSummary, quantize_checkpoint
+from .online import load_online, meta_parameters, quantize_model
 from .report import Report, compare, error_report
 from .scheme import (
     NVFP4_W4A4,
@@ -63,6 +65,8 @@ __all__ = [
     "W8A8",
     "Checkpoint",
     "Conversion",
+    "Coverage",
+    "Covered",
     "ExpertBuilder",
     "ExpertWeights",
     "LinearMethod",
@@ -101,8 +105,11 @@ __all__ = [
     "inspect_checkpoint",
     "interleave",
     "joint_global_scale",
+    "load_online",
+    "meta_parameters",
     "plan_shards",
     "quantize_checkpoint",
     "quantize_experts",
     "quantize_finite",
+    "quantize_model",
 ]

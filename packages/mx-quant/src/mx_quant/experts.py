@@ -281,14 +281,14 @@ class ExpertBuilder:
             raise ValueError(
                 f"{name}: gate and up share one {f} global scale: pass global_scale=joint_global_scale(both)"
             )
-        if part == "gate_up" and check_row_layout(layout) == "interleaved":
-            weight = deinterleave(weight, 0)
-        to = target.device
-        q = quantize_finite(
-            name, weight if weight.device == to else weight.to(to), f, rule=self.scheme.rule, global_scale=global_scale
-        )
-        storage.as_bytes(target.data[expert, start : start + n]).copy_(storage.as_bytes(q.data))
-        storage.as_bytes(target.scale[expert, start : start + n]).copy_(storage.as_bytes(q.scale))
+        woven = check_row_layout(layout) == "interleaved" and part == "gate_up"
+        g = None if global_scale is None else global_scale.to(target.device)
+        q = quantize_finite(name, weight.to(target.device), f, rule=self.scheme.rule, global_scale=g)
+        for place, codes in ((target.data, q.data), (target.scale, q.scale)):
+            rows = storage.as_bytes(codes)
+            if woven:  # a row's codes do not depend on its neighbours: reorder them, not the wider weights
+                rows = deinterleave(rows, 0)
+            storage.as_bytes(place[expert, start : start + n]).copy_(rows)
         if target.global_scale is not None and q.global_scale is not None:
             target.global_scale[expert].copy_(q.global_scale)
         self._missing -= {(expert, p) for p in (("gate", "up") if part == "gate_up" else (part,))}

@@ -310,15 +310,17 @@ def dequantize_checkpoint(
 
 
 def _plain_ref(ref: WeightRef, family: Family) -> WeightRef:
-    original = ref.name.endswith(("mlp1_weight", "mlp2_weight"))
-    swap = family.transposed and not original and classify(ref.name).part in ("gate_up", "down")
+    """The full-precision form of a quantized weight: fused experts transposed and interleaved as the family has them."""
+    part, original = classify(ref.name).part, ref.name.endswith(("mlp1_weight", "mlp2_weight"))
+    fused = ref.experts is not None
     return replace(
         ref,
         format=None,
         rule=None,
         input_scale=None,
         tensors=(ref.name,),
-        transposed=swap and ref.experts is not None,
+        transposed=fused and family.transposed and not original and part in ("gate_up", "down"),
+        interleaved=fused and family.interleaved and part == "gate_up",
     )
 
 

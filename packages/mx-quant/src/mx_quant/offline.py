@@ -145,8 +145,9 @@ def quantize_checkpoint(
 ) -> QuantizeSummary:
     """Quantize the bf16, fp16 or fp32 safetensors checkpoint ``src`` (a folder) into the new folder ``out``.
 
-    layout: a row of LAYOUTS (None: the first that holds the format). include, exclude: shell patterns on weight names; by
-        default linears of attention and MLPs and all experts are quantized, and embeddings, lm_head, norms and routers are not.
+    layout: a row of LAYOUTS or its name (None: "mxfp8" for MXFP8, else the first that holds the format).
+    include, exclude: shell patterns on weight names; by default linears of attention and MLPs and all experts are quantized,
+        and embeddings, lm_head, norms and routers are not.
     allow_unquantized_experts: patterns of expert weights that may stay in full precision; others that would are an error.
     rule: scale rule, None for the format's default; search=True is rule="search". activations: the config asks readers to
         quantize activations too (MX formats, whose activation scales are dynamic).
@@ -194,10 +195,11 @@ def quantize_checkpoint(
 
 def _layout_for(format: Format, layout: Layout | str | None) -> Layout:
     if layout is None:
-        found = next((row for row in LAYOUTS.values() if format in row.formats and "linear" in row.kinds), None)
-        if found is None:
+        fitting = [row for row in LAYOUTS.values() if format in row.formats and "linear" in row.kinds]
+        if not fitting:
             raise ValueError(f"no layout holds {format}")
-        return found
+        # Of the layouts of MXFP8, this is the one that transformers reads for dense and MoE models alike.
+        return next((row for row in fitting if row.name == "mxfp8"), fitting[0])
     row = get_layout(layout) if isinstance(layout, str) else layout
     if format not in row.formats:
         fitting = [r.name for r in LAYOUTS.values() if format in r.formats]

@@ -134,7 +134,7 @@ def quantize_experts_(
     Raises ValueError before anything is changed: for a model without experts, and, naming the module, for experts whose
     storage or gate is not known or whose sizes do not fit the format.
     """
-    scheme = None if isinstance(format, str) and format in PLAIN_FORMATS else mq.get_scheme(format)
+    scheme = scheme_of(format)
     found = list(expert_modules(model))
     if not found:
         raise ValueError(
@@ -172,6 +172,11 @@ def quantize_experts_(
             )
         )
     return ExpertsReport("bf16" if scheme is None else scheme.name, tuple(layers), tuple(skipped))
+
+
+def scheme_of(format: Scheme | mk.Format | str) -> Scheme | None:
+    """The scheme, or None for "bf16" and "none"; ValueError for an unknown name."""
+    return None if isinstance(format, str) and format in PLAIN_FORMATS else mq.get_scheme(format)
 
 
 def attach(module: nn.Module, experts: ExpertsBase) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,9 @@ from mx_kernels import QuantizedTensor
 
 from .engine import Progress, run_tasks
 from .layouts import (
+    FAMILIES,
+    FUSED,
+    PER_EXPERT,
     Family,
     Layout,
     Target,
@@ -162,10 +165,7 @@ def convert_checkpoint(
                     f"{target.ref.name} is a quantized {target.ref.kind} weight, but layout {to.name} stores only "
                     f"{' and '.join(to.kinds)} weights: choose another layout, or dequantize the checkpoint first"
                 )
-        owners = {expert_module(r.name) for r in refs} - {""}
-        biases = [r for r in ck.plain.values() if r.kind not in MATRICES and expert_module(r.name) in owners]
-        moved = [t for t in regroup(biases, grouping, ck.family) if t.ref.name not in ck.plain]
-        tensors = {r.name: r.tensors for r in (*refs, *biases)}
+        moved, tensors = _biases(ck, grouping)
         made = [(stored_names(t, tensors), to.plan(t.ref)) for t in targets]
         made += [(stored_names(t, tensors), plan_plain(t.ref, ck.infos[t.sources[0]].dtype)) for t in moved]
         specs, copies = arrange(ck.reader, made)
@@ -180,10 +180,7 @@ def convert_checkpoint(
 
         def write(writer: ShardWriter) -> None:
             write_biases(ck.reader, writer, moved, ck.plain)
-            tasks: list[tuple[Target, int | None] | str] = [
-                (t, e) for t in targets for e in (range(t.ref.experts) if t.ref.experts is not None else (None,))
-            ]
-            _run(ck, writer, [*tasks, *copies], lambda t, e: _move(ck, source, to, writer, t, e), jobs, progress)
+            _run(ck, writer, targets, copies, lambda t, e: _move(ck, source, to, writer, t, e), jobs, progress)
 
         resumed = produce(ck.reader, Path(out), output, write, resume=resume, overwrite=overwrite)
         return Conversion(
@@ -192,15 +189,27 @@ def convert_checkpoint(
         )  # fmt: skip
 
 
+def _biases(ck: Checkpoint, grouping: str | None) -> tuple[list[Target], dict[str, tuple[str, ...]]]:
+    """Expert biases that change their grouping, and the stored tensors of every weight and of those biases."""
+    owners = {expert_module(n) for n in ck.weights} - {""}
+    biases = [r for r in ck.plain.values() if r.kind not in MATRICES and expert_module(r.name) in owners]
+    moved = [t for t in regroup(biases, grouping, ck.family) if t.ref.name not in ck.plain]
+    return moved, {r.name: r.tensors for r in (*ck.weights.values(), *biases)}
+
+
 def _run(
     ck: Checkpoint,
     writer: ShardWriter,
-    tasks: Sequence[tuple[Target, int | None] | str],
-    work: Any,
+    targets: Sequence[Target],
+    copies: Sequence[str],
+    work: Callable[[Target, int | None], None],
     jobs: int | None,
     progress: Progress | None,
 ) -> None:
-    """Do (target, expert) pairs with ``work`` and copy the tensors that are only named."""
+    """Do every matrix of the targets with ``work``, and copy the tensors that are only named."""
+    tasks: list[tuple[Target, int | None] | str] = [*copies]
+    for t in targets:
+        tasks += [(t, e) for e in (range(t.ref.experts) if t.ref.experts is not None else (None,))]
 
     def nbytes(task: tuple[Target, int | None] | str) -> int:
         if isinstance(task, str):
@@ -268,7 +277,11 @@ def dequantize_checkpoint(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Store the quantized checkpoint ``src`` in full precision (bfloat16, float16 or float32), as the model family stores it."""
+    """Store the quantized checkpoint ``src`` in full precision (bfloat16, float16 or float32).
+
+    Experts are named and stored as the model family has them: gpt-oss and Llama 4 fused and transposed, others one by one;
+    an unknown family keeps the grouping of ``src``.
+    """
     start = time.perf_counter()
     check_places(Path(src), Path(out))
     if dtype not in DTYPES:
@@ -276,13 +289,16 @@ def dequantize_checkpoint(
     with Checkpoint(src) as ck:
         source = _quantized(ck)
         refs = list(ck.weights.values())
-        plain = {r.name: _plain_ref(r, ck.family) for r in refs}
-        made = [(r.tensors, plan_plain(plain[r.name], DTYPES[dtype])) for r in refs]
+        grouping = FUSED if ck.family.transposed else None if ck.family is FAMILIES["default"] else PER_EXPERT
+        targets = regroup(refs, grouping, ck.family)
+        moved, tensors = _biases(ck, grouping)
+        plain = {t.ref.name: _plain_ref(t.ref, ck.family) for t in targets}
+        made = [(stored_names(t, tensors), plan_plain(plain[t.ref.name], DTYPES[dtype])) for t in targets]
+        made += [(stored_names(t, tensors), plan_plain(t.ref, ck.infos[t.sources[0]].dtype)) for t in moved]
         specs, copies = arrange(ck.reader, made)
         configs = {n: _without_quantization(c) for n, c in ck.configs.items() if n == "config.json"}
         provenance = {"format": dtype, "rule": "", "layout": ""}
         output = plan_output(ck.reader, specs, configs, provenance, {}, parse_bytes(max_shard_size))
-        targets = regroup(refs, None, ck.family)
 
         def expand(writer: ShardWriter, target: Target, expert: int | None) -> None:
             ref = plain[target.ref.name]
@@ -297,10 +313,8 @@ def dequantize_checkpoint(
                 writer.write(ref.name, stored, at * x.shape[-1] * x.itemsize if expert is None else expert * x.nbytes)
 
         def write(writer: ShardWriter) -> None:
-            tasks: list[tuple[Target, int | None] | str] = [
-                (t, e) for t in targets for e in (range(t.ref.experts) if t.ref.experts is not None else (None,))
-            ]
-            _run(ck, writer, [*tasks, *copies], lambda t, e: expand(writer, t, e), jobs, progress)
+            write_biases(ck.reader, writer, moved, ck.plain)
+            _run(ck, writer, targets, copies, lambda t, e: expand(writer, t, e), jobs, progress)
 
         resumed = produce(ck.reader, Path(out), output, write, resume=resume, overwrite=overwrite)
         return Conversion(

@@ -1,19 +1,21 @@
-"""The CPU path of quantization: the reference's arithmetic, bit for bit, in pieces that stay in the cores' caches.
+"""The CPU path of quantization: the reference's arithmetic, bit for bit, in chunks that stay in a core's cache.
 
-Blocks are taken in batches. A batch first gets its scales: the largest float32 pattern of each block, as an integer, and the
-reference's rule on those. Then its codes, chunk by chunk, from v = x * reciprocal(scale) in float32:
+A chunk of blocks gets its scales from the largest float32 pattern of each block, as an integer, and then its codes from
+v = x * reciprocal(scale) in float32:
 
 - FP8: torch's cast, after a clamp (v is exact, and the cast rounds to nearest even).
-- E2M1: |v| has spacing 1/2 up to 2, 1 up to 4, 2 up to 6. An adder rounds to spacing u when it adds 2^23 u, and leaves the
-  multiple of u in its last bits: three sums give rne(2v), rne(v) + 2, rne(v / 2) + 4, and the smallest of them is the code.
-- FP6 codes and scale searches: the reference itself, chunk by chunk.
+- E2M1: |v| has spacing 1/2 up to 2, 1 up to 4, 2 up to 6. Adding 2^23 u rounds to spacing u and leaves the multiple of u in
+  the last bits: three sums give rne(2v), rne(v) + 2 and rne(v / 2) + 4, and the smallest of them is the code.
+- FP6 codes, scale searches and blocks with Inf or NaN: the reference itself.
 
-Every operation writes into a buffer, and torch divides it over its threads: each core meets the same part of a chunk again.
+Threads draw chunks, and torch does not divide an operation again: threads that met after every operation would
+wait for the slowest each time, which on a busy machine takes several times as long (2 cores: 0.25 for 1.0 GB/s of MXFP8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -22,19 +24,34 @@ from . import reference
 from .dispatch import bytes_of
 from .formats import E2M1, E4M3, Element, Format, ScaleRule, get_format
 
-CHUNK = 1 << 16  # elements a thread: two float32 buffers and three of bytes in 2 MiB of cache
-BATCH = 16  # chunks that get their scales together
+CHUNK = 1 << 18  # elements: long enough operations that threads seldom meet at the interpreter lock
 _SEARCHES = (ScaleRule.SEARCH, ScaleRule.FOUR_OVER_SIX)
-# What rounds |v| to multiples of 1/2, 1 and 2, and how far their codes are from the multiple.
+# What rounds |v| to multiples of 1/2, 1 and 2; the last bits of 2^23 u + a are those of a / u.
 _ADDERS = (2.0**22, 2.0**23 + 2, 2.0**24 + 8)
 
 
-def _slices(first: int, end: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, end)) for i in range(first, end, step))
+def _run(worker: Callable[[Iterator[slice]], None], blocks: int, block: int) -> None:
+    """Have workers draw chunks of blocks from one iterator, as many of them as torch would use threads."""
+    chunks = [slice(i, min(i + CHUNK // block, blocks)) for i in range(0, blocks, CHUNK // block)]
+    threads = torch.get_num_threads()
+    workers = min(threads, len(chunks))
+    if workers <= 1:
+        worker(iter(chunks))
+        return
+    inference = torch.is_inference_mode_enabled()  # a new thread does not inherit it
 
+    def run(shared: Iterator[slice]) -> None:
+        with torch.inference_mode(inference):
+            worker(shared)
 
-def _chunk_blocks(f: Format) -> int:
-    return CHUNK * torch.get_num_threads() // f.block
+    # How many threads torch divides an operation over belongs to the thread that calls it; set_num_threads also sets what
+    # later threads start with, and that is put back.
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(run, [iter(chunks)] * workers):
+                pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _per_block(global_scale: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -45,8 +62,8 @@ def _per_block(global_scale: Tensor, lead: tuple[int, ...]) -> Tensor:
     return g.expand(lead).reshape(-1, 1)
 
 
-def _part(g: Tensor, s: slice) -> Tensor:
-    return g[s] if g.ndim else g
+def _part(g: Tensor | None, s: slice) -> Tensor | None:
+    return g[s] if g is not None and g.ndim else g
 
 
 def quantize(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -57,72 +74,78 @@ def quantize(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> 
     scale = torch.empty((*lead, k // f.block), dtype=torch.uint8)
     blocks = x.detach().contiguous().view(-1, f.block)
     out, scales = data.view(-1, f.data_width(f.block)), scale.view(-1, 1)
-    g = torch.ones(()) if global_scale is None else _per_block(global_scale, tuple(scale.shape))
-    step = _chunk_blocks(f)
-    if r in _SEARCHES:
-        for s in _slices(0, len(blocks), step):
-            codes, scales[s] = reference.quantize_codes(blocks[s], f, r, _part(g, s) if f.has_global_scale else None)
-            out[s] = reference.pack_codes(codes, f)
-        return data, scale
-    work = _Work(f, min(step, len(blocks)))
-    for batch in _slices(0, len(blocks), step * BATCH):
-        amax = torch.empty((batch.stop - batch.start, 1), dtype=torch.int32)
-        for s in _slices(batch.start, batch.stop, step):
-            work.amax(blocks[s], amax[s.start - batch.start : s.stop - batch.start])
-        if f.scale == "e8m0":
-            scales[batch] = reference.e8m0_scale(amax, f.element, r)
-            reciprocal = reference.scale_to_reciprocal(scales[batch])
-        else:
-            scales[batch] = reference.e4m3_scale(amax.view(torch.float32), _part(g, batch))
-            reciprocal = reference.nvfp4_reciprocal(scales[batch], _part(g, batch))
-        for s in _slices(batch.start, batch.stop, step):
-            work.encode(blocks[s], reciprocal[s.start - batch.start : s.stop - batch.start], out[s])
-        invalid = amax.view(-1) > reference.INF_BITS
-        if bool(invalid.any()):
-            out[batch][invalid] = 0
+    g = None if global_scale is None else _per_block(global_scale, tuple(scale.shape))
+
+    def slow(s: slice) -> None:
+        codes, scales[s] = reference.quantize_codes(blocks[s], f, r, _part(g, s))
+        out[s] = reference.pack_codes(codes, f)
+
+    def worker(chunks: Iterator[slice]) -> None:
+        work = None if r in _SEARCHES else _Work(f, r, min(CHUNK // f.block, len(blocks)))
+        for s in chunks:
+            if work is None or not work.quantize(blocks[s], _part(g, s), out[s], scales[s]):
+                slow(s)
+
+    _run(worker, len(blocks), f.block)
     return data, scale
 
 
 class _Work:
-    """The steps on one chunk of blocks, with their buffers."""
+    """Quantization of one chunk of blocks at a time, with the buffers that it needs."""
 
-    def __init__(self, f: Format, blocks: int) -> None:
+    def __init__(self, f: Format, rule: ScaleRule, blocks: int) -> None:
         self.f = f
-        self.values = torch.empty(blocks, f.block)
+        self.rounding = reference.scale_rounding(f.element, rule) if f.scale == "e8m0" else 0
+        self.values, self.magnitudes = torch.empty((2, blocks, f.block))
+        self.amax = torch.empty((blocks, 1), dtype=torch.int32)
         if f.element == E2M1:
-            self.sums = torch.empty(blocks, f.block)
             self.codes, self.other, self.sign = torch.empty((3, blocks, f.block), dtype=torch.uint8)
-            self.pairs = torch.empty(blocks, f.block // 2, dtype=torch.int16)
+            self.pairs = torch.empty((blocks, f.block // 2), dtype=torch.int16)
+        if f.scale == "e4m3":
+            # Code 0 is a block of zeros: an infinite step makes its reciprocal 0.
+            self.steps = torch.tensor([torch.inf, *reference.code_values(E4M3)[1:]])
 
-    def amax(self, x: Tensor, out: Tensor) -> None:
-        """The largest magnitude of each block of x [R, B] as float32 bits -> int32 [R, 1]."""
-        v = self.values[: len(x)].copy_(x).abs_()
-        torch.amax(v.view(torch.int32), 1, keepdim=True, out=out)
-
-    def encode(self, x: Tensor, reciprocal: Tensor, out: Tensor) -> None:
-        """The data of x [R, B] * reciprocal [R, 1] -> uint8 [R, W]; NaN gives any code."""
-        v, element = self.values[: len(x)].copy_(x), self.f.element
+    def quantize(self, x: Tensor, g: Tensor | None, out: Tensor, scale: Tensor) -> bool:
+        """x [R, B] -> out uint8 [R, W], scale uint8 [R, 1]; False, and nothing of worth in them, where x is not finite."""
+        n = len(x)
+        v, a, amax = self.values[:n].copy_(x), self.magnitudes[:n], self.amax[:n]
+        torch.amax(torch.abs(v, out=a).view(torch.int32), 1, keepdim=True, out=amax)
+        if n and int(amax.max()) >= reference.INF_BITS:
+            return False
+        reciprocal = self._e8m0(amax, scale) if g is None else self._e4m3(amax, g, scale)
+        element = self.f.element
         if element == E2M1:
-            self._encode_e2m1(v, reciprocal, out)
+            self._e2m1(v, a.mul_(reciprocal).clamp_(max=E2M1.max), out)
         elif element.dtype is not None:
-            v.mul_(reciprocal).clamp_(-element.max, element.max)
-            out.view(element.dtype).copy_(v)
+            out.view(element.dtype).copy_(v.mul_(reciprocal).clamp_(-element.max, element.max))
         else:
             out.copy_(reference.pack_codes(reference.encode(v.mul_(reciprocal), element), self.f))
+        return True
 
-    def _encode_e2m1(self, v: Tensor, reciprocal: Tensor, out: Tensor) -> None:
+    def _e8m0(self, amax: Tensor, scale: Tensor) -> Tensor:
+        """The scale bytes of finite amax bits [R, 1], and 2^(127 - byte)."""
+        byte = amax.add_(self.rounding).bitwise_right_shift_(23).sub_(self.f.element.emax).clamp_(min=0)
+        scale.copy_(byte)
+        return byte.neg_().add_(254).bitwise_left_shift_(23).view(torch.float32)
+
+    def _e4m3(self, amax: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+        """The scale bytes of finite amax bits [R, 1] with global scales g, and 1 / (s g)."""
+        code = (amax.view(torch.float32) / (6.0 * g)).clamp_(2.0**-9, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+        code.mul_(amax.clamp_(max=1))
+        scale.copy_(code)
+        step = self.steps.index_select(0, code.view(-1).to(torch.int32)).view(-1, 1)
+        return step.mul_(g).reciprocal_()
+
+    def _e2m1(self, v: Tensor, a: Tensor, out: Tensor) -> None:
+        """The signs of v [R, B] (used up) and magnitudes a [R, B] -> packed codes uint8 [R, B / 2]."""
         n = len(v)
-        sums, codes, other, pairs = self.sums[:n], self.codes[:n], self.other[:n], self.pairs[:n]
-        bits = sums.view(torch.int32)
-        torch.bitwise_right_shift(v.view(torch.int32), 28, out=bits)
-        sign = self.sign[:n].copy_(bits)  # the sign, also of zero, is bit 3
-        v.abs_().mul_(reciprocal).clamp_(max=E2M1.max)
-        codes.copy_(torch.add(v, _ADDERS[0], out=sums).view(torch.int32))
+        codes, other, pairs = self.codes[:n], self.other[:n], self.pairs[:n]
+        sign = self.sign[:n].copy_(v.view(torch.int32).bitwise_right_shift_(28)).bitwise_and_(8)
+        codes.copy_(torch.add(a, _ADDERS[0], out=v).view(torch.int32))
         for adder in _ADDERS[1:]:
-            other.copy_(torch.add(v, adder, out=sums).view(torch.int32))
+            other.copy_(torch.add(a, adder, out=v).view(torch.int32))
             torch.minimum(codes, other, out=codes)
-        codes.bitwise_or_(sign.bitwise_and_(8))
-        two = codes.view(torch.int16)  # the code of even k in the low byte (little-endian)
+        two = codes.bitwise_or_(sign).view(torch.int16)  # the code of even k is in the low byte (little-endian)
         torch.bitwise_right_shift(two, 4, out=pairs)
         out.copy_(pairs.bitwise_or_(two))
 
@@ -130,26 +153,30 @@ class _Work:
 def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
     """data uint8 [..., data_width(K)], scale uint8 [..., K / block] on the CPU -> [..., K] in ``dtype``."""
     f = get_format(format)
-    width, step = f.data_width(f.block), _chunk_blocks(f)
+    width = f.data_width(f.block)
     out = torch.empty((*scale.shape[:-1], scale.shape[-1] * f.block), dtype=dtype)
     blocks, scales = bytes_of(data).contiguous().view(-1, width), bytes_of(scale).contiguous().view(-1, 1)
     results = out.view(-1, f.block)
     g = None if global_scale is None else _per_block(global_scale, tuple(scale.shape))
     table = _byte_table(f.element)
-    index = torch.empty(step * width, dtype=torch.int32)
-    values = torch.empty(step, f.block)
-    for batch in _slices(0, len(blocks), step * BATCH):
-        e8m0 = f.scale == "e8m0"
-        steps = reference.scale_to_float(scales[batch]) if e8m0 else reference.decode(scales[batch], E4M3)
-        for s in _slices(batch.start, batch.stop, step):
+
+    def worker(chunks: Iterator[slice]) -> None:
+        step = min(CHUNK // f.block, len(blocks))
+        index = torch.empty(step * width, dtype=torch.int32)
+        values = torch.empty(step, f.block)
+        for s in chunks:
             v = values[: s.stop - s.start]
             if table is None:
                 v.copy_(reference.decode(reference.unpack_codes(blocks[s], f), f.element))
             else:
                 i = index[: blocks[s].numel()].copy_(blocks[s].view(-1))
                 torch.index_select(table, 0, i, out=v.view(-1).view(table.dtype))
-            v.mul_(steps[s.start - batch.start : s.stop - batch.start])
-            results[s] = v if g is None else v.mul_(_part(g, s))
+            e8m0 = f.scale == "e8m0"
+            v.mul_(reference.scale_to_float(scales[s]) if e8m0 else reference.decode(scales[s], E4M3))
+            part = _part(g, s)
+            results[s] = v if part is None else v.mul_(part)
+
+    _run(worker, len(blocks), f.block)
     return out
 
 

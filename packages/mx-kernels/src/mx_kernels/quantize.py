@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 from .dispatch import bytes_of, check_device, check_float, check_last_stride, direct, has_triton
 from .formats import Format, ScaleRule, get_format
 from .tensor import QuantizedTensor
@@ -135,8 +135,6 @@ def _check_global_values(g: Tensor | None) -> None:
 
 @torch.library.custom_op("mx_kernels::quantize", mutates_args=())
 def _quantize(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    if x.device.type == "cpu":
-        _check_global_values(global_scale)
     codes, scale = reference.quantize_codes(x, format, rule, global_scale)
     return reference.pack_codes(codes, format).contiguous(), scale
 
@@ -156,6 +154,17 @@ def _quantize_dequantize(x: Tensor, format: str, rule: str, global_scale: Tensor
 @torch.library.custom_op("mx_kernels::compute_global_scale", mutates_args=())
 def _compute_global_scale(x: Tensor) -> Tensor:
     return reference.compute_global_scale(x)
+
+
+@_quantize.register_kernel("cpu")
+def _(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_global_values(global_scale)
+    return cpu.quantize(x, format, rule, global_scale)
+
+
+@_dequantize.register_kernel("cpu")
+def _(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    return cpu.dequantize(data, scale, global_scale, format, dtype)
 
 
 if has_triton():

@@ -4,7 +4,17 @@ Twins take the same arguments as the public functions and return the same values
 """
 
 from .activation import activate, activated
-from .elements import ABS_MASK, INF_BITS, code_values, decode, encode, pack_codes, scale_to_float, scale_to_reciprocal, unpack_codes
+from .elements import (
+    ABS_MASK,
+    INF_BITS,
+    code_values,
+    decode,
+    encode,
+    pack_codes,
+    scale_to_float,
+    scale_to_reciprocal,
+    unpack_codes,
+)
 from .gemm import gemm, grouped_gemm
 from .moe import combine, moe_align_block_size
 from .quantize import (
@@ -19,6 +29,7 @@ from .quantize import (
     quantize,
     quantize_codes,
     quantize_dequantize,
+    scale_rounding,
 )
 from .rebase import concatenated_rows, gate_up_rows, grouped_gemm_rebased, rebase_rows, rebased
 
@@ -51,6 +62,7 @@ __all__ = [
     "quantize",
     "quantize_codes",
     "quantize_dequantize",
+    "scale_rounding",
     "scale_to_float",
     "scale_to_reciprocal",
     "unpack_codes",

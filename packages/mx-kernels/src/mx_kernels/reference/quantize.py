@@ -57,21 +57,26 @@ def compute_global_scale(x: Tensor) -> Tensor:
     return torch.where(amax > 0, (amax / 2688).clamp(min=GLOBAL_MIN), 1.0)
 
 
-def e8m0_scale(amax_bits: Tensor, element: Element, rule: ScaleRule) -> Tensor:
-    """E8M0 bytes of blocks from the float32 bits of their amax: int32 [...] -> uint8 [...]. SEARCH is not one of its rules."""
-    exponent, mantissa = amax_bits >> 23, amax_bits & 0x7FFFFF
+def scale_rounding(element: Element, rule: ScaleRule) -> int:
+    """What an E8M0 rule adds to the float32 bits of amax before the exponent is taken; SEARCH is not one of these rules.
+
+    A carry into the exponent happens exactly where the rule rounds up: m > 0, m past the middle of the first place, or m > T.
+    """
     if rule is ScaleRule.FLOOR:
-        byte = exponent
-    elif rule is ScaleRule.CEIL:
-        byte = exponent + (mantissa > 0)
-    elif rule is ScaleRule.EVEN:
-        byte = (amax_bits + (1 << (22 - element.mantissa))) >> 23
-    elif rule is ScaleRule.RCEIL:
-        byte = exponent + (mantissa > (float_bits(element.max) & 0x7FFFFF))
-    else:
-        raise ValueError(f"{rule.value!r} is not a rule of one E8M0 scale: use floor, ceil, even or rceil")
-    byte = (byte - element.emax).clamp(0, 254)
-    byte = torch.where(amax_bits == INF_BITS, 254, byte)
+        return 0
+    if rule is ScaleRule.CEIL:
+        return 0x7FFFFF
+    if rule is ScaleRule.EVEN:
+        return 1 << (22 - element.mantissa)
+    if rule is ScaleRule.RCEIL:
+        return 0x7FFFFF - (float_bits(element.max) & 0x7FFFFF)
+    raise ValueError(f"{rule.value!r} is not a rule of one E8M0 scale: use floor, ceil, even or rceil")
+
+
+def e8m0_scale(amax_bits: Tensor, element: Element, rule: ScaleRule) -> Tensor:
+    """E8M0 bytes of blocks from the float32 bits of their amax: int32 [...] -> uint8 [...]."""
+    byte = ((amax_bits + scale_rounding(element, rule)) >> 23) - element.emax
+    byte = torch.where(amax_bits == INF_BITS, 254, byte.clamp(0, 254))
     return torch.where(amax_bits > INF_BITS, 255, byte).to(torch.uint8)
 
 

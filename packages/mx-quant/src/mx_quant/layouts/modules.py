@@ -104,6 +104,12 @@ def check_stored(ref: WeightRef, infos: Infos, names: Names, why: str, *, activa
     f = _format(ref)
     if activations and names.input_scale is not None:
         ref = replace(ref, input_scale=names.of(ref.name, names.input_scale))
+    k = ref.shape[-1]
+    if k <= 0 or k % f.block:
+        data = names.of(ref.name, names.data)
+        raise ValueError(
+            f"{data} has shape {tuple(infos[data].shape)}, so K is {k}, no multiple of {f}'s block {f.block}: {why}"
+        )
     (data, data_info), (scale, scale_info), *scalars = plan(ref, names).items()
     check_info(infos, data, (data_info.dtype,), data_info.shape, why)
     check_info(infos, scale, scale_dtypes(f), scale_info.shape, why)

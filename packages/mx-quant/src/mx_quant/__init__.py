@@ -17,6 +17,7 @@ from .linear import (
     OfflineLinearMethod,
     OnlineLinearMethod,
 )
+from .load_quantized import load_quantized
 from .moe_method import (
     GPT_OSS_ACTIVATION,
     Mxfp4MoEMethod,
@@ -48,6 +49,7 @@ from .scheme import (
     get_scheme,
 )
 from .shards import ShardReader
+from .stored_experts import expert_layers, read_experts
 from .writer import ShardWriter, TensorSpec, plan_shards
 
 __all__ = [
@@ -101,15 +103,18 @@ __all__ = [
     "deinterleave",
     "dequantize_checkpoint",
     "error_report",
+    "expert_layers",
     "get_scheme",
     "inspect_checkpoint",
     "interleave",
     "joint_global_scale",
     "load_online",
+    "load_quantized",
     "meta_parameters",
     "plan_shards",
     "quantize_checkpoint",
     "quantize_experts",
     "quantize_finite",
     "quantize_model",
+    "read_experts",
 ]

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     e.add_argument("--text", required=True, metavar="FILE", help="text to score")
     e.add_argument(
         "--format", required=True, metavar="FORMAT",
-        help=f"{', '.join(FORMATS)}, or a scheme such as w4a8 (bf16 leaves the experts as they are)",
+        help=f"{', '.join(FORMATS)}, or a scheme such as w4a8; bf16 leaves the experts as they are; 'stored' runs a quantized checkpoint",
     )  # fmt: skip
     e.add_argument("--backend", default="auto", help="auto (default), native, rebased, fused, emulation or reference")
     e.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, else the CPU)")

@@ -8,6 +8,7 @@ text is predicted once. Models with 256 tokens and no tokenizer read bytes.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -22,9 +23,11 @@ from torch import Tensor
 from mx_kernels import Format
 from mx_quant import Scheme
 
+from .integrations.loading import load_quantized
 from .integrations.transformers import ExpertsReport, quantize_experts_, scheme_of
 
 WINDOW = 512
+STORED = "stored"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _LOGITS = 1 << 24  # elements of logits that are held at once
 
@@ -52,20 +55,33 @@ class Evaluation:
         }
 
 
-def load_model(checkpoint: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
-    """The causal language model of a checkpoint folder, in its own dtype, in evaluation mode. Nothing is downloaded.
-
-    Raises ImportError without transformers, FileNotFoundError without the folder or its config.json.
-    """
+def read_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a checkpoint folder; FileNotFoundError without one, ValueError where it is not a JSON object."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no checkpoint folder {folder}: give the path of a folder with config.json and weights"
         )
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: it is not a transformers checkpoint")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}): the checkpoint is damaged") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}, needs a JSON object")
+    return config
+
+
+def load_model(checkpoint: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
+    """The causal language model of a checkpoint folder, in its own dtype, in evaluation mode. Nothing is downloaded.
+
+    Raises ImportError without transformers, FileNotFoundError without the folder or its config.json.
+    """
+    read_config(checkpoint)
     transformers = _transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", local_files_only=True)
     return model.to(device or _default_device()).eval()
 
 
@@ -130,19 +146,35 @@ def evaluate(
     allow_skipped: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """Load ``checkpoint``, quantize its experts to ``format`` ("bf16": leave them), and score ``text``.
+    """Load ``checkpoint``, quantize its experts to ``format``, and score ``text``.
+
+    format: a scheme, a format or its name; "bf16" leaves the experts as they are; "stored" runs a quantized checkpoint as it is.
 
     Raises what ``load_model``, ``tokens`` and ``quantize_experts_`` raise, and ValueError for logits that are not finite.
     """
     start = time.perf_counter()
     if window < 1:
         raise ValueError(f"window is {window}, needs at least one prediction")
-    scheme_of(format)  # a wrong name fails before the model is loaded
-    model = load_model(checkpoint, device=device)
-    ids, count = tokens(checkpoint, int(model.config.get_text_config().vocab_size), text)
-    report = quantize_experts_(
-        model, format, backend=backend, inputs=inputs, allow_skipped=allow_skipped, progress=progress
-    )
+    if format != STORED:
+        scheme_of(format)  # a wrong name fails before the model is loaded
+    config = read_config(checkpoint)
+    if format != STORED and "quantization_config" in config:
+        raise ValueError(
+            f"{checkpoint} is quantized already ({config['quantization_config'].get('quant_method')}): score it with the format "
+            f"{STORED!r}, or quantize its full-precision source"
+        )
+    if format == STORED:
+        _transformers()
+        model, report = load_quantized(
+            checkpoint, backend=backend, inputs=inputs, device=device or _default_device(), progress=progress
+        )
+        ids, count = tokens(checkpoint, int(model.config.get_text_config().vocab_size), text)
+    else:
+        model = load_model(checkpoint, device=device)
+        ids, count = tokens(checkpoint, int(model.config.get_text_config().vocab_size), text)
+        report = quantize_experts_(
+            model, format, backend=backend, inputs=inputs, allow_skipped=allow_skipped, progress=progress
+        )
     bits = total_bits(model, ids, window=window, progress=progress)
     if not math.isfinite(bits):
         raise ValueError(

@@ -43,6 +43,12 @@ class QuantizedLayer:
     nbytes: int
 
 
+def layer_of(name: str, experts: ExpertsBase, elements: int) -> QuantizedLayer:
+    """One row of the report."""
+    inputs = str(experts.inputs.format or "16 bits")
+    return QuantizedLayer(name, experts.num_experts, experts.choice.to_dict(), inputs, elements, experts.nbytes)
+
+
 @dataclass(frozen=True)
 class ExpertsReport:
     """What ``quantize_experts_`` did. ``coverage`` is the share of all expert weights that are now quantized."""
@@ -152,25 +158,20 @@ def quantize_experts_(
         except ValueError as error:
             if not allow_skipped:
                 raise ValueError(f"{name}: {error}") from None
-            skipped.append((name, _elements(module), str(error)))
+            skipped.append((name, expert_elements(module), str(error)))
     if progress:
         from tqdm import tqdm
 
         plans = tqdm(plans, desc=f"quantize {format}", unit="layer", leave=False)
     layers = []
     for name, module, activation in plans:
-        elements = _elements(module)
+        elements = expert_elements(module)
         weights = experts_weights(module, scheme, name=name)
         experts = make_experts(
             weights, activation, backend=backend, inputs=inputs, dtype=_first_parameter(module).dtype
         )
         attach(module, experts)
-        fmt = experts.inputs.format
-        layers.append(
-            QuantizedLayer(
-                name, experts.num_experts, experts.choice.to_dict(), str(fmt or "16 bits"), elements, experts.nbytes
-            )
-        )
+        layers.append(layer_of(name, experts, elements))
     return ExpertsReport("bf16" if scheme is None else scheme.name, tuple(layers), tuple(skipped))
 
 
@@ -301,7 +302,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return up.shape[hidden], down.shape[intermediate]
 
 
-def _elements(module: nn.Module) -> int:
+def expert_elements(module: nn.Module) -> int:
     """Weights of an experts module, biases not counted."""
     return sum(p.numel() for n, p in module.named_parameters() if "bias" not in n)
 

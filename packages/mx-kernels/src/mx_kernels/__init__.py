@@ -32,6 +32,7 @@ from .layouts import (
     unswizzle_cdna4,
     unswizzle_hopper,
 )
+from .packing import PackedWeight, pack
 from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
 from .rebase import REBASED_ACTIVATIONS, REBASED_FORMATS, RebasedWeight, grouped_gemm_rebased, rebase, rebase_rows
 from .tensor import QuantizedTensor
@@ -60,6 +61,7 @@ __all__ = [
     "Element",
     "Epilogue",
     "Format",
+    "PackedWeight",
     "QuantizedTensor",
     "ScaleRule",
     "Unsupported",
@@ -73,6 +75,7 @@ __all__ = [
     "get_format",
     "grouped_gemm",
     "moe_align_block_size",
+    "pack",
     "quantize",
     "quantize_dequantize",
     "reference",

@@ -32,7 +32,9 @@ from .dispatch import (
 )
 from .epilogue import Epilogue
 from .formats import Format, get_format
-from .quantize import quantize
+from .packed_gemm import packed_product
+from .packing import PackedWeight
+from .quantize import dequantize, quantize
 from .tensor import QuantizedTensor
 
 Operand = Tensor | QuantizedTensor
@@ -129,13 +131,13 @@ def check_operand(t: Operand, name: str) -> None:
         raise TypeError(f"{name} is a {type(t).__name__}, needs a Tensor or a QuantizedTensor")
 
 
-def check_product(x: Operand, w: Operand) -> None:
+def check_product(x: Operand, w: Operand | PackedWeight) -> None:
     """Raise ValueError unless x [..., K] and w [..., N, K] agree in K and device."""
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(
             f"x has K = {x.shape[-1]} and w has K = {w.shape[-1]} ({tuple(x.shape)} and {tuple(w.shape)}): both are K last"
         )
-    check_device(w.data if isinstance(w, QuantizedTensor) else w, x.device, "w", "x")
+    check_device(w if isinstance(w, Tensor) else w.data, x.device, "w", "x")
 
 
 def check_epilogue(epilogue: Epilogue, bias_shape: tuple[int, ...], rows: int, device: torch.device) -> Tensor | None:
@@ -182,7 +184,7 @@ def fused_format(f: Format | None) -> str:
 
 def gemm(
     x: Operand,  # [..., K]
-    w: Operand,  # [N, K]
+    w: Operand | PackedWeight,  # [N, K]
     *,
     epilogue: Epilogue = Epilogue(),  # noqa: B008
     out_dtype: torch.dtype | None = None,
@@ -190,13 +192,15 @@ def gemm(
     """Multiply x by a weight: ``x @ w.T`` with float32 sums, then the epilogue, then one rounding.
 
     x: float32, bf16, fp16, or quantized. w: the same, two-dimensional. Any mix; quantized operands are decoded exactly.
+    A ``PackedWeight`` (of ``pack``) gives the same values, faster where its layout suits the device.
     epilogue: bias [N], activation, row_weight (one per row of x), requantize_to. out_dtype: of the result (of what the
     quantized result stands for), by default x's. N_out is N, or N/2 after a gated activation.
 
     Raises ValueError for shapes, strides, devices and a requantized width off the block; TypeError for dtypes.
     """
     check_operand(x, "x")
-    check_operand(w, "w")
+    if not isinstance(w, PackedWeight):
+        check_operand(w, "w")
     if x.ndim < 1 or w.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)} and w {tuple(w.shape)}, needs x [..., K] and w [N, K]")
     check_product(x, w)
@@ -205,6 +209,11 @@ def gemm(
     rows, n = lead.numel(), w.shape[0]
     row_weight = check_epilogue(epilogue, (n,), rows, x.device)
     f, rule = epilogue.requantize_to, epilogue.rule
+    if isinstance(w, PackedWeight):
+        flat = x.reshape(rows, x.shape[-1]) if isinstance(x, Tensor) else dequantize(x, torch.float32).flatten(0, -2)
+        held = dtype if f is None else torch.float32
+        out = packed_product(flat, w, None, 1, epilogue, row_weight, held).view(*lead, -1)
+        return out if f is None else replace(quantize(out, f, rule=rule), dtype=dtype)
     fused = fused_format(f)
     data, scale, x_global, x_format = flat_operand(x)
     data = data.reshape(rows, data.shape[-1])
@@ -222,7 +231,6 @@ def gemm(
         torch.float32 if f is not None and not fused else dtype,
     )
     run = kernels("generic_gemm").gemm if direct(data, args[4], epilogue.bias, row_weight) else gemm_op
-    out: Tensor
     out, out_scale = run(*args)
     out = out.view(*lead, out.shape[-1])
     if f is None:

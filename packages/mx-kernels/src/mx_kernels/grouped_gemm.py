@@ -27,6 +27,7 @@ from .dispatch import (
     whole_operand,
 )
 from .epilogue import Epilogue
+from .formats import Format, ScaleRule
 from .gemm import (
     Operand,
     check_epilogue,
@@ -37,6 +38,8 @@ from .gemm import (
     output_dtype,
     whole_epilogue,
 )
+from .packed_gemm import packed_product
+from .packing import PackedWeight
 from .quantize import quantize
 from .reference.moe import local_experts
 from .tensor import QuantizedTensor
@@ -127,7 +130,7 @@ def _(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 
 def grouped_gemm(
     x: Operand,  # [M, K]
-    w: Operand,  # [E, N, K]
+    w: Operand | PackedWeight,  # [E, N, K]
     tiles: Alignment,
     *,
     top_k: int = 1,
@@ -138,6 +141,7 @@ def grouped_gemm(
 
     x: float32, bf16, fp16 or quantized, K last; pair p reads row p // top_k, so top_k is k where x holds tokens and 1 where
     x already holds one row a pair. w: the same kinds, one matrix per expert. Any mix; quantized operands are decoded exactly.
+    A ``PackedWeight`` (of ``pack``) gives the same values, faster where its layout suits the device.
     tiles: of ``moe_align_block_size``, with E experts and P = M * top_k pairs. epilogue: bias [E, N], activation, row_weight
     (P values, float32), requantize_to. out_dtype: of the result, by default x's. N_out is N, or N/2 after a gated activation.
 
@@ -147,7 +151,8 @@ def grouped_gemm(
     Raises ValueError for shapes, strides, devices and a requantized width off the block; TypeError for dtypes.
     """
     check_operand(x, "x")
-    check_operand(w, "w")
+    if not isinstance(w, PackedWeight):
+        check_operand(w, "w")
     if x.ndim != 2 or w.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)} and w {tuple(w.shape)}, needs x [M, K] and w [E, N, K]")
     check_product(x, w)
@@ -166,6 +171,9 @@ def grouped_gemm(
     dtype = output_dtype(x, out_dtype)
     row_weight = check_epilogue(epilogue, (num_experts, n), pairs, x.device)
     f, rule = epilogue.requantize_to, epilogue.rule
+    if isinstance(w, PackedWeight):
+        out = packed_product(x, w, tiles, top_k, epilogue, row_weight, dtype if f is None else torch.float32)
+        return out if f is None else _requantized(out, tiles, f, rule, dtype)
     fused = fused_format(f)
     args = (
         *flat_operand(x),
@@ -181,11 +189,17 @@ def grouped_gemm(
     run = (
         kernels("generic_gemm").grouped_gemm if direct(args[0], args[4], epilogue.bias, row_weight) else grouped_gemm_op
     )
-    out: Tensor
     out, scale = run(*args)
     if f is None:
         return out
     if fused:
         return requantized(out, scale, fused, rule, dtype)
-    dropped = local_experts(tiles.ids, num_experts, tiles.expert_map) < 0  # their rows must not reach the global scale
+    return _requantized(out, tiles, f, rule, dtype)
+
+
+def _requantized(
+    out: Tensor, tiles: Alignment, f: Format, rule: ScaleRule | None, dtype: torch.dtype
+) -> QuantizedTensor:
+    """Float32 results [P, N_out] in another format; rows of dropped pairs become zeros, so as not to reach a global scale."""
+    dropped = local_experts(tiles.ids, tiles.num_experts, tiles.expert_map) < 0
     return replace(quantize(out.masked_fill(dropped[:, None], 0), f, rule=rule), dtype=dtype)

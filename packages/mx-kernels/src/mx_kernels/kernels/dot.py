@@ -1,0 +1,133 @@
+"""The K loop of the packed GEMMs: weights from registers, activations from shared memory.
+
+    acc[n, m] = sum_k weight[n, k] * x[row of m, k]
+
+The weight is the left operand, since only that one may come from registers on Hopper, and every weight is decoded there.
+
+Letters: N weight rows and M activation rows of a tile, S = N / 16 strips, K columns, BK columns a step (128, plain weights
+also 64). KIND: "e2m1", "e4m3", "e5m2" or "" (plain weights). BLOCK: columns a scale byte covers, 32, or 16 for NVFP4.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import (
+    decode_e2m1,
+    decode_e4m3,
+    decode_e5m2,
+    decode_e5m3,
+    decode_e8m0,
+    plain_e2m1,
+    plain_e4m3,
+    plain_e5m2,
+    plain_e5m3,
+    plain_e8m0,
+)
+
+
+@triton.jit
+def weight_tile(w, s, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
+    """Decode codes [T, S, 512] (PTX; else words [T, S, 128]) and scales [N, BK / BLOCK] to bf16 (else float32) [N, BK]."""
+    if PTX:
+        if KIND == "e2m1":
+            v = decode_e2m1(w)
+        elif KIND == "e4m3":
+            v = decode_e4m3(w)
+        else:
+            v = decode_e5m2(w)
+        if BLOCK == 16:
+            scale = decode_e5m3(s)
+        else:
+            scale = decode_e8m0(s)
+    else:
+        if KIND == "e2m1":
+            v = plain_e2m1(w)
+            FOLD: tl.constexpr = 126
+        elif KIND == "e4m3":
+            v = plain_e4m3(w)
+            FOLD: tl.constexpr = 120
+        else:
+            v = plain_e5m2(w)
+            FOLD: tl.constexpr = 112
+        if BLOCK == 16:
+            scale = plain_e5m3(s)
+        else:
+            scale = plain_e8m0(s, FOLD)
+    return v * scale[:, :, None].broadcast_to(N, BK // BLOCK, BLOCK).reshape(N, BK)
+
+
+@triton.jit
+def packed_dot(
+    acc,  # float32 [N, M]
+    x,  # [M, K]
+    x_offset,  # [M], of the rows (int64 where 32 bits do not suffice)
+    live,  # bool [M]
+    w,  # the expert's codes, or its rows if plain
+    s,  # the expert's scale bytes
+    strip,  # int32 [S], or the plain weight's rows [N]
+    scale_row,  # int32 [N]
+    w_step,  # bytes of a K tile, or elements of a plain row
+    s_step,  # bytes of 128 columns' scales
+    k,  # columns
+    first,  # the first step
+    steps,  # their number, at least 1
+    piece_stride,  # elements between the pieces of x
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TAIL: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+    EVICT: tl.constexpr,
+    PTX: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add ``steps`` steps of BK columns, each STRIDE steps after the one before.
+
+    TAIL: 0, BK divides K; 1, the last step covers the last BK columns (those it repeats have scales of zero); 2, x is masked.
+    PIECES: x is the sum of that many bf16 tensors (one, or two for fp16 and three for float32, whose sum is x exactly).
+    """
+    column = tl.arange(0, BK)
+    UNIT: tl.constexpr = 64 if KIND == "e2m1" else 32
+    S: tl.constexpr = N // 16
+    TILES: tl.constexpr = BK // UNIT
+    WIDTH: tl.constexpr = 512 if PTX else 128  # bytes, or words of four
+    if KIND == "":
+        w_offset = strip[:, None] * w_step + column[None, :]
+    else:
+        part = tl.arange(0, TILES)[:, None, None] * w_step
+        w_offset = part + strip[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+        s_offset = scale_row[:, None] * (BK // BLOCK) + tl.arange(0, BK // BLOCK)[None, :]
+    x_offset = x_offset[:, None] + column[None, :]
+    tl.assume(steps > 0)
+    step = first
+    for _ in range(0, steps):
+        k0 = step * BK
+        if TAIL == 1:
+            k0 = tl.minimum(k0, k - BK)
+        if KIND == "":
+            v = tl.load(w + (k0 + w_offset), eviction_policy=EVICT)
+        else:
+            codes = tl.load(w + (k0 // UNIT * w_step + w_offset), eviction_policy=EVICT)
+            scales = tl.load(s + (step * s_step + s_offset), eviction_policy=EVICT)
+            v = weight_tile(codes, scales, N, BK, KIND, BLOCK, PTX)
+        for piece in tl.static_range(PIECES):
+            p = x + piece * piece_stride + (k0 + x_offset)
+            if TAIL == 2:
+                inside = (k0 + column)[None, :] < k
+                if MASK_ROWS:
+                    inside &= live[:, None]
+                b = tl.load(p, mask=inside, other=0.0)
+            elif MASK_ROWS:
+                b = tl.load(p, mask=live[:, None], other=0.0)
+            else:
+                b = tl.load(p)
+            if INTERPRET:
+                acc = tl.dot(v.to(tl.float32), b.to(tl.float32).trans(), acc)
+            else:
+                acc = tl.dot(v.to(b.dtype), b.trans(), acc)
+        step += STRIDE
+    return acc

@@ -1,0 +1,205 @@
+"""Codes and scale bytes of packed weights to 16-bit (``packing.py`` has the layout and the arithmetic).
+
+Each decoder comes twice: as PTX on 32-bit registers (NVIDIA, sm_80 and up), and in plain Triton on float32 (every other
+device, and Triton's interpreter). Both are exact. PTX leaves the exponent biases to the scale, so that one multiplication
+of bf16 pairs does both; plain Triton takes them off first, because AMD hardware flushes subnormals.
+
+Tiles: T K tiles, S strips of 16 rows, 512 bytes each. g, c: a thread's place in its warp (``packing.py``).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode_e2m1(w):  # uint8 [T, S, 512] -> bf16 [16 S, 64 T], values * 2^-126
+    """Nine integer operations for eight codes."""
+    lo, hi = tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t, u;
+        and.b32 $0, $4, 0x81C081C0;
+        shf.r.wrap.b32 t, $4, $4, 6;
+        and.b32 $1, t, 0x81C081C0;
+        shf.r.wrap.b32 t, $4, $4, 12;
+        and.b32 $2, t, 0x81C081C0;
+        shf.r.wrap.b32 t, $4, $4, 2;
+        shl.b32 u, $4, 6;
+        and.b32 u, u, 0x00400040;
+        lop3.b32 $3, t, 0x81808180, u, 0xEA;
+        }
+        """,
+        "=r,=r,=r,=r,r",
+        [w],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+    v = tl.join(lo, hi).reshape(w.shape[0], w.shape[1], 8, 4, 4, 2, 2, 2)  # .. g, c, step, row half, parity, k half
+    return v.trans(1, 5, 2, 0, 4, 7, 3, 6).reshape(w.shape[1] * 16, w.shape[0] * 64)
+
+
+@triton.jit
+def decode_e4m3(w):  # uint8 [T, S, 512] -> bf16 [16 S, 32 T], values * 2^-120
+    """Seven integer operations for four codes."""
+    v = tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t, u;
+        shr.b32 t, $2, 4;
+        and.b32 t, t, 0x07F007F0;
+        lop3.b32 $0, $2, 0x80008000, t, 0xEA;
+        shl.b32 u, $2, 8;
+        shl.b32 t, $2, 4;
+        and.b32 t, t, 0x07F007F0;
+        lop3.b32 $1, u, 0x80008000, t, 0xEA;
+        }
+        """,
+        "=r,=r,r",
+        [w],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+    return _byte_tile(v)
+
+
+@triton.jit
+def decode_e5m2(w):  # uint8 [T, S, 512] -> bf16 [16 S, 32 T], values * 2^-112
+    """Seven integer operations for four codes."""
+    v = tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t, u;
+        shr.b32 t, $2, 3;
+        and.b32 t, t, 0x0FE00FE0;
+        lop3.b32 $0, $2, 0x80008000, t, 0xEA;
+        shl.b32 u, $2, 8;
+        shl.b32 t, $2, 5;
+        and.b32 t, t, 0x0FE00FE0;
+        lop3.b32 $1, u, 0x80008000, t, 0xEA;
+        }
+        """,
+        "=r,=r,r",
+        [w],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+    return _byte_tile(v)
+
+
+@triton.jit
+def decode_e8m0(s):  # uint8 [N, B] -> bf16 [N, B], 2^(s - 127); 0 is 0
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t;
+        prmt.b32 t, $2, 0, 0x5140;
+        shl.b32 $0, t, 7;
+        prmt.b32 t, $2, 0, 0x7362;
+        shl.b32 $1, t, 7;
+        }
+        """,
+        "=r,=r,r",
+        [s],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def decode_e5m3(s):  # uint8 [N, B] -> bf16 [N, B], NVFP4's scales * 2^119
+    """With a code times 2^-126 the product is the weight times 2^-7, without the global scale."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t;
+        prmt.b32 t, $2, 0, 0x5140;
+        mad.lo.u32 $0, t, 16, 0x76007600;
+        prmt.b32 t, $2, 0, 0x7362;
+        mad.lo.u32 $1, t, 16, 0x76007600;
+        }
+        """,
+        "=r,=r,r",
+        [s],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _byte_tile(v):  # [T, S, 512] -> [16 S, 32 T]
+    t = v.reshape(v.shape[0], v.shape[1], 8, 4, 2, 2, 2, 2)  # .. g, c, step, k half, row half, parity
+    return t.trans(1, 6, 2, 0, 4, 5, 3, 7).reshape(v.shape[1] * 16, v.shape[0] * 32)
+
+
+# --- plain Triton: words int32 [T, S, 128] in, float32 out, values without a factor ---
+
+
+@triton.jit
+def plain_e2m1(w):  # int32 [T, S, 128] -> float32 [16 S, 64 T]
+    x = w.to(tl.uint32, bitcast=True)
+    second = (x >> 6) | (x << 26)
+    third = (x >> 12) | (x << 20)
+    fourth = (((x >> 2) | (x << 30)) & 0x81808180) | ((x << 6) & 0x00400040)
+    first_half = tl.join(_e2m1_pair(x), _e2m1_pair(second))  # .., parity, row half
+    v = tl.join(first_half, tl.join(_e2m1_pair(third), _e2m1_pair(fourth)))  # .., k half
+    v = v.reshape(w.shape[0], w.shape[1], 8, 4, 4, 2, 2, 2)  # .. g, c, step, parity, row half, k half
+    return v.trans(1, 6, 2, 0, 4, 7, 3, 5).reshape(w.shape[1] * 16, w.shape[0] * 64)
+
+
+@triton.jit
+def _e2m1_pair(x):
+    return tl.join(_e2m1_value(x & 0xFFFF), _e2m1_value(x >> 16))
+
+
+@triton.jit
+def _e2m1_value(x):  # sign at bit 15, code at bits 8-6
+    e = (x >> 7) & 3
+    m = (x >> 6) & 1
+    twice = tl.where(e > 0, (2 + m) << (tl.maximum(e, 1) - 1), m)
+    v = twice.to(tl.float32) * 0.5
+    return tl.where((x & 0x8000) != 0, -v, v)
+
+
+@triton.jit
+def plain_e4m3(w):  # int32 [T, S, 128] -> float32 [16 S, 32 T]
+    return _plain_bytes(w, 3)
+
+
+@triton.jit
+def plain_e5m2(w):  # int32 [T, S, 128] -> float32 [16 S, 32 T]
+    return _plain_bytes(w, 2)
+
+
+@triton.jit
+def _plain_bytes(w, M: tl.constexpr):
+    x = w.to(tl.uint32, bitcast=True)
+    even = tl.join(_float8_value((x >> 8) & 0xFF, M), _float8_value(x & 0xFF, M))  # .., row half
+    odd = tl.join(_float8_value(x >> 24, M), _float8_value((x >> 16) & 0xFF, M))
+    v = tl.join(even, odd).reshape(w.shape[0], w.shape[1], 8, 4, 2, 2, 2, 2)  # .. row half, parity
+    return v.trans(1, 6, 2, 0, 4, 5, 3, 7).reshape(w.shape[1] * 16, w.shape[0] * 32)
+
+
+@triton.jit
+def _float8_value(x, M: tl.constexpr):  # uint32 codes of an 8-bit float with M mantissa bits -> float32
+    BIAS: tl.constexpr = (1 << (6 - M)) - 1
+    magnitude = x & 0x7F
+    normal = ((magnitude << (23 - M)) + ((127 - BIAS) << 23)).to(tl.float32, bitcast=True)
+    one = ((127 + 1 - BIAS - M) << 23) + 0 * magnitude  # the bits of the smallest subnormal
+    v = tl.where(magnitude < (1 << M), magnitude.to(tl.float32) * one.to(tl.float32, bitcast=True), normal)
+    return tl.where((x & 0x80) != 0, -v, v)
+
+
+@triton.jit
+def plain_e8m0(s, FOLD: tl.constexpr):  # uint8 [N, B] -> float32, 2^(s - FOLD - 127); 0 below that range
+    e = tl.maximum(s.to(tl.int32) - FOLD, 0)
+    return (e << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def plain_e5m3(s):  # uint8 [N, B] -> float32, NVFP4's scales * 2^-7, for the same epilogue as PTX
+    return ((s.to(tl.uint32) << 20) + (110 << 23)).to(tl.float32, bitcast=True)

@@ -1,0 +1,341 @@
+"""Products with packed weights: through the op on the CPU, through the kernel in Triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mx_kernels as mk
+from mx_kernels import reference
+from mx_kernels.packed_gemm import flat_product, grouped_gemm_packed_op
+from mx_kernels.tuning import Config
+
+SILU = mk.Activation("silu")
+OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
+OTHERS = [
+    mk.Activation("gelu", gated=False),
+    mk.Activation("gelu_tanh", "interleaved", limit=1.5),
+    mk.Activation("relu2", gated=False, limit=2.0),
+    mk.Activation("silu", limit=1.0),
+    mk.Activation("swiglu_oai", alpha=1.5, beta=0.0),
+    mk.Activation("identity"),
+    None,
+]
+CONFIGS = [
+    Config(16, 128, 128, 4, 4, maxnreg=128),
+    Config(16, 128, 128, 4, 3, split=4, maxnreg=128),
+    Config(16, 256, 128, 8, 3),
+    Config(16, 64, 128, 4, 5),
+    Config(32, 128, 128, 4, 3, maxnreg=168),
+    Config(64, 128, 128, 4, 3, levels=3, maxnreg=168),
+    Config(64, 256, 128, 8, 3, levels=2),
+    Config(128, 128, 128, 4, 3, levels=2),
+    Config(128, 256, 128, 8, 3, group=8, levels=3),
+    Config(128, 256, 128, 8, 3, mask=False),
+]
+
+
+def short(c: Config) -> str:
+    return f"{c.pairs}x{c.rows}w{c.warps}s{c.stages}k{c.split}g{c.group}L{c.levels}"
+
+
+def problem(
+    f: mk.Format, shape: tuple[int, int, int], tokens: int, top_k: int, act: mk.Activation | None, device="cpu"
+):
+    """(x with NaN around it, weight, ids with dropped pairs, epilogue)."""
+    experts, n, k = shape
+    w = mk.quantize(torch.randn(shape) * 0.1, f).to(device)
+    around = torch.full((tokens + 3, k + 64), float("nan"), dtype=torch.bfloat16, device=device)
+    x = around[1 : tokens + 1, 32 : k + 32]
+    x.copy_(torch.randn(tokens, k))
+    ids = torch.randint(-1, experts, (tokens, top_k), dtype=torch.int32).to(device)
+    bias = torch.randn(experts, n).to(device)
+    weight = torch.rand(tokens * top_k).to(device)
+    return x, w, ids, mk.Epilogue(bias, act, weight)
+
+
+@pytest.mark.parametrize("act", [SILU, OAI, *OTHERS], ids=lambda a: f"{a.kind}-{a.gated}" if a else "none")
+@pytest.mark.parametrize("f", [mk.MXFP4, mk.NVFP4, mk.MXFP8, mk.MXFP6_E2M3], ids=str)
+def test_a_packed_weight_gives_what_the_weight_gives(f, act):
+    x, w, ids, epilogue = problem(f, (3, 96, 160), 5, 2, act)
+    tiles = mk.moe_align_block_size(ids, 16, 3)
+    gated = act is not None and act.gated
+    p = mk.pack(w, gated=gated, layout=act.layout if act else "concatenated")
+    got = mk.grouped_gemm(x, p, tiles, top_k=2, epilogue=epilogue)
+    assert torch.equal(got, mk.grouped_gemm(x, w, tiles, top_k=2, epilogue=epilogue))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plain_weights(dtype):
+    ids = torch.randint(0, 3, (6, 2), dtype=torch.int32)
+    tiles = mk.moe_align_block_size(ids, 16, 3)
+    x, w = torch.randn(6, 96).to(dtype), torch.randn(3, 40, 96).to(dtype)
+    epilogue = mk.Epilogue(activation=SILU)
+    got = mk.grouped_gemm(x, mk.pack(w, gated=True), tiles, top_k=2, epilogue=epilogue)
+    assert torch.equal(got, mk.grouped_gemm(x, w, tiles, top_k=2, epilogue=epilogue))
+
+
+def test_linear_and_requantized():
+    w = mk.quantize(torch.randn(64, 96), mk.MXFP4)
+    x = torch.randn(2, 5, 96).bfloat16()
+    p = mk.pack(w)
+    assert torch.equal(mk.gemm(x, p), mk.gemm(x, w))
+    q = mk.quantize(x, mk.MXFP8)
+    assert torch.equal(mk.gemm(q, p, out_dtype=torch.float32), mk.gemm(q, w, out_dtype=torch.float32))
+    to8 = mk.Epilogue(requantize_to=mk.MXFP8)
+    a, b = mk.gemm(x, p, epilogue=to8), mk.gemm(x, w, epilogue=to8)
+    assert torch.equal(a.data.view(torch.uint8), b.data.view(torch.uint8))
+    assert torch.equal(a.scale, b.scale)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_quantized_activations(name):
+    w = mk.quantize(torch.randn(3, 32, 96), mk.NVFP4)
+    tiles = mk.moe_align_block_size(torch.tensor([[0, 2], [1, 1]], dtype=torch.int32), 16, 3)
+    q = mk.quantize(torch.randn(2, 96), name)
+    got = mk.grouped_gemm(q, mk.pack(w), tiles, top_k=2, out_dtype=torch.float32)
+    want = mk.grouped_gemm(q, w, tiles, top_k=2, out_dtype=torch.float32)
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-5)  # the global scale: on the values or on the sum
+
+
+def test_bad_arguments():
+    x, w, ids, _ = problem(mk.MXFP4, (3, 96, 160), 5, 2, None)
+    tiles = mk.moe_align_block_size(ids, 16, 3)
+    gated = mk.pack(w, gated=True)
+    with pytest.raises(ValueError, match=r"pack\(w, gated=True, layout='interleaved'\)"):
+        mk.grouped_gemm(x, gated, tiles, top_k=2, epilogue=mk.Epilogue(activation=OAI))
+    with pytest.raises(ValueError, match="packed with gated=False"):
+        mk.grouped_gemm(x, mk.pack(w), tiles, top_k=2, epilogue=mk.Epilogue(activation=SILU))
+    with pytest.raises(ValueError, match="not gated"):
+        mk.grouped_gemm(x, gated, tiles, top_k=2, epilogue=mk.Epilogue(activation=OTHERS[0]))
+    with pytest.raises(ValueError, match="K = 128"):
+        mk.grouped_gemm(x[:, :128], gated, tiles, top_k=2)
+    with pytest.raises(TypeError, match="float16"):
+        mk.grouped_gemm(x, mk.pack(torch.randn(3, 96, 160).half()), tiles, top_k=2)
+
+
+def op_arguments():
+    x, w, ids, epilogue = problem(mk.MXFP4, (3, 96, 160), 5, 2, SILU)
+    tiles = mk.moe_align_block_size(ids, 16, 3)
+    p = mk.pack(w, gated=True)
+    return flat_product(x.contiguous(), p, tiles, 2, epilogue, epilogue.row_weight, torch.bfloat16)
+
+
+def test_opcheck():
+    torch.library.opcheck(grouped_gemm_packed_op, op_arguments())
+
+
+def test_compiles_whole():
+    x, w, ids, epilogue = problem(mk.MXFP4, (3, 96, 160), 5, 2, SILU)
+    p = mk.pack(w, gated=True)
+
+    def layer(x, ids):
+        return mk.grouped_gemm(x, p, mk.moe_align_block_size(ids, 16, 3), top_k=2, epilogue=epilogue)
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, ids), layer(x, ids))
+
+
+def test_no_tokens():
+    w = mk.pack(mk.quantize(torch.randn(3, 32, 96), mk.MXFP4))
+    tiles = mk.moe_align_block_size(torch.empty((0, 2), dtype=torch.int32), 16, 3)
+    assert mk.grouped_gemm(torch.empty(0, 96), w, tiles, top_k=2).shape == (0, 32)
+
+
+# --- the kernel itself ---
+
+
+def launch(x, p, tiles, top_k, epilogue, dtype, config=None):
+    from mx_kernels.kernels.grouped_gemm import grouped_gemm_packed
+
+    args = flat_product(x, p, tiles, top_k, epilogue, epilogue.row_weight, dtype)
+    return grouped_gemm_packed(*args, config)
+
+
+def exact(x, w, ids, top_k, epilogue) -> torch.Tensor:
+    """The product in float64, zeros for dropped pairs."""
+    values = mk.dequantize(w, torch.float32).double() if isinstance(w, mk.QuantizedTensor) else w.double()
+    flat = ids.flatten().long()
+    rows = x.double().repeat_interleave(top_k, 0)
+    acc = torch.zeros((flat.numel(), values.shape[1]), dtype=torch.float64, device=x.device)
+    for e in range(values.shape[0]):
+        hit = flat == e
+        acc[hit] = rows[hit] @ values[e].T + (0 if epilogue.bias is None else epilogue.bias[e].double())
+    if epilogue.activation is not None:
+        acc = reference.activated(acc, epilogue.activation)
+    if epilogue.row_weight is not None:
+        acc = acc * epilogue.row_weight[:, None]
+    return torch.where((flat >= 0)[:, None], acc, 0.0)
+
+
+def check(f, shape, tokens, top_k, act, config=None, *, device, block=16, dtype=torch.float32, x_dtype=torch.bfloat16):
+    """Relative error of the kernel against float64: float32 sums in some order, then one rounding to ``dtype``."""
+    x, w, ids, epilogue = problem(f, shape, tokens, top_k, act, device)
+    x = x.to(x_dtype)
+    gated = act is not None and act.gated
+    p = mk.pack(w, gated=gated, layout=act.layout if act else "concatenated")
+    if tokens * top_k <= 64:
+        tiles = mk.Alignment(ids, shape[0], 16, None, ids.flatten(), ids.flatten()[:0])
+    else:
+        tiles = mk.Alignment(ids, shape[0], block, *reference.moe.aligned(ids, block, shape[0], None))
+    y = launch(x, p, tiles, top_k, epilogue, dtype, config).double()
+    want = exact(x, w, ids, top_k, epilogue)
+    kept = ids.flatten() >= 0
+    error = (y[kept] - want[kept]).norm() / want[kept].norm()
+    rounding = (want.float().to(dtype).double() - want).norm() / want.norm()
+    assert error < 1.1 * rounding + 2e-6, (
+        f"{error} against {rounding}"
+    )  # 2e-6: float32 sums of up to 2880 terms, sigmoid
+    return y
+
+
+INTERPRETED = """
+import torch, test_grouped_gemm_packed as t, mx_kernels as mk
+from mx_kernels.tuning import Config
+torch.manual_seed(1)
+t.check(mk.MXFP4, (3, 96, 160), 5, 2, t.SILU, device="cpu")
+t.check(mk.NVFP4, (3, 96, 176), 40, 2, t.OAI, device="cpu")
+t.check(mk.MXFP8, (3, 144, 192), 40, 2, None, device="cpu")
+t.check(mk.MXFP8_E5M2, (2, 40, 96), 3, 2, t.OTHERS[2], device="cpu")
+t.check(mk.MXFP6_E2M3, (2, 80, 64), 1, 2, t.OTHERS[3], device="cpu")
+t.check(mk.MXFP4, (3, 160, 640), 6, 2, t.OTHERS[1], Config(16, 64, 128, 4, 3, split=4), device="cpu")
+t.check(mk.MXFP4, (3, 160, 256), 40, 2, t.OAI, Config(64, 64, 128, 4, 3, levels=3, group=4), device="cpu", block=64)
+t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float16)
+t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float32)
+print("right")
+"""
+
+
+def test_kernel_in_the_interpreter():
+    """Index logic, plain decoding and epilogue, where Triton is installed."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=env, cwd=os.path.dirname(__file__), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "right", done.stderr[-2000:]
+
+
+def every_pair(f: mk.Format) -> mk.QuantizedTensor:
+    """[N, 128] with each finite code under each scale byte whose products are bf16 numbers."""
+    if f.element.bits == 8:
+        codes = torch.arange(256, dtype=torch.uint8)
+        codes = torch.where((codes & 0x7F) >= (0x7F if f.element.mantissa == 3 else 0x7C), 0, codes)
+        first, last = (3, 134) if f.element.mantissa == 3 else (10, 142)
+    else:
+        codes = torch.arange(16, dtype=torch.uint8).repeat(2)
+        first, last = (0, 128) if f.scale == "e8m0" else (1, 0x7E)
+    groups = codes.view(-1, f.block)
+    scales = torch.arange(first, last + 1, dtype=torch.uint8)
+    codes = groups.repeat(len(scales), 1)
+    scale = scales.repeat_interleave(len(groups))
+    rest = -len(scale) % (32 * 128 // f.block)
+    codes, scale = torch.cat((codes, codes[:1].repeat(rest, 1))), torch.cat((scale, scale[:1].repeat(rest)))
+    order = torch.randperm(len(scale))
+    codes, scale = codes[order].view(-1, 128), scale[order].view(-1, 128 // f.block)
+    data = reference.pack_codes(codes, f).view(f.data_dtype)
+    g = torch.tensor(0.5) if f.has_global_scale else None
+    return mk.QuantizedTensor(data, scale.view(f.scale_dtype), f, f.default_rule, torch.bfloat16, g)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", [mk.MXFP4, mk.NVFP4, mk.MXFP8, mk.MXFP8_E5M2], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=short)
+def test_every_code_and_scale_is_decoded_exactly(config, f):
+    """Through an identity as activations; one row of zeros stands between tests of sums and of single products."""
+    w = every_pair(f).to("cuda")
+    experts = mk.QuantizedTensor(w.data[None], w.scale[None], f, w.rule, w.dtype, w.global_scale)
+    eye = torch.eye(128, dtype=torch.bfloat16, device="cuda")
+    ids = torch.zeros((128, 1), dtype=torch.int32, device="cuda")
+    tiles = mk.Alignment(ids, 1, config.pairs, *reference.moe.aligned(ids, config.pairs, 1, None))
+    config = replace(config, split=1)
+    y = launch(eye, mk.pack(experts), tiles, 1, mk.Epilogue(), torch.float32, config)
+    assert torch.equal(y.T, mk.dequantize(w, torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", [mk.MXFP4, mk.NVFP4, mk.MXFP8], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=short)
+def test_random_problems_on_the_gpu(config, f):
+    block = config.pairs
+    check(f, (4, 5760, 2880), 12, 2, OAI, config if block == 16 else None, device="cuda", dtype=torch.bfloat16)
+    if config.split == 1:
+        check(f, (5, 1536, 2048), 300, 3, SILU, config, device="cuda", block=block, dtype=torch.bfloat16)
+        check(f, (5, 2880, 2880), 70, 3, None, config, device="cuda", block=block)
+        check(f, (40, 288, 320), 700, 1, OTHERS[0], config, device="cuda", block=block)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", [SILU, OAI, *OTHERS], ids=lambda a: f"{a.kind}-{a.gated}" if a else "none")
+def test_activations_on_the_gpu(act):
+    check(mk.MXFP8, (5, 288, 192), 60, 3, act, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.float32], ids=str)
+def test_other_activations_on_the_gpu(x_dtype):
+    check(mk.MXFP4, (5, 288, 192), 60, 3, SILU, device="cuda", x_dtype=x_dtype)
+    check(mk.NVFP4, (5, 288, 192), 20, 3, None, device="cuda", x_dtype=x_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plain_weights_on_the_gpu(dtype):
+    for experts, n, k, tokens in ((4, 288, 2880, 9), (4, 288, 200, 300), (3, 1024, 2048, 1500)):
+        w = torch.randn(experts, n, k, device="cuda").to(dtype)
+        ids = torch.randint(0, experts, (tokens, 2), dtype=torch.int32, device="cuda")
+        x = torch.randn(tokens, k, device="cuda").to(dtype)
+        epilogue = mk.Epilogue(activation=SILU)
+        tiles = mk.moe_align_block_size(ids, 64, experts)
+        got = mk.grouped_gemm(x, mk.pack(w, gated=True), tiles, top_k=2, epilogue=epilogue, out_dtype=torch.float32)
+        want = exact(x, w, ids, 2, epilogue)
+        assert (got - want).norm() / want.norm() < 2e-6
+
+
+@pytest.mark.gpu
+def test_all_pairs_to_one_expert():
+    w = mk.quantize(torch.randn(3, 256, 256), mk.MXFP4).to("cuda")
+    p = mk.pack(w)
+    for tokens in (1, 15, 16, 17, 64, 1000):
+        ids = torch.ones((tokens, 1), dtype=torch.int32, device="cuda")
+        x = torch.randn(tokens, 256, device="cuda").bfloat16()
+        y = mk.grouped_gemm(x, p, mk.moe_align_block_size(ids, 16, 3), out_dtype=torch.float32)
+        want = exact(x, w, ids, 1, mk.Epilogue())
+        assert (y - want).norm() / want.norm() < 1e-6
+
+
+@pytest.mark.gpu
+def test_split_sums_are_the_same_every_time():
+    """1000 launches over 8 inputs: a partial sum from an earlier launch would show."""
+    w = mk.quantize(torch.randn(8, 1024, 2880) * 0.1, mk.MXFP4).to("cuda")
+    p = mk.pack(w)
+    ids = torch.arange(8, dtype=torch.int32, device="cuda")[None]
+    tiles = mk.Alignment(ids, 8, 16, None, ids.flatten(), ids.flatten()[:0])
+    config = Config(16, 128, 128, 4, 3, split=8, maxnreg=128)
+    xs = [torch.randn(1, 2880, device="cuda").bfloat16() for _ in range(8)]
+    first = [launch(x, p, tiles, 8, mk.Epilogue(), torch.float32, config) for x in xs]
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for turn in range(1000):
+        wrong += (launch(xs[turn % 8], p, tiles, 8, mk.Epilogue(), torch.float32, config) != first[turn % 8]).sum()
+    assert int(wrong) == 0
+
+
+@pytest.mark.gpu
+def test_graph_and_opcheck_on_the_gpu():
+    x, w, ids, epilogue = problem(mk.NVFP4, (64, 96, 160), 3, 4, SILU, "cuda")
+    x, p = x.contiguous(), mk.pack(w, gated=True)
+    tiles = mk.moe_align_block_size(ids.clamp(min=0), 16, 64)
+    want = mk.grouped_gemm(x, p, tiles, top_k=4, epilogue=epilogue)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = mk.grouped_gemm(x, p, tiles, top_k=4, epilogue=epilogue)
+    graph.replay()
+    assert torch.equal(got, want)
+    torch.library.opcheck(
+        grouped_gemm_packed_op, flat_product(x, p, tiles, 4, epilogue, epilogue.row_weight, torch.bfloat16)
+    )

@@ -6,7 +6,7 @@ are in memory, or one by one (``experts.3.gate_proj.weight``, ``experts.3.w1.wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,9 +48,12 @@ class Loader:
         ignore: Sequence[str] = (),
         rename: Callable[[str], str] | None = None,
         device: torch.device,
+        quantized: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        """``quantized``: what a quantized checkpoint brings, name of a model's weight -> names on disk; not for this class to read."""
         self.model, self.plan, self.reader, self.device = model, plan, reader, device
         self.rename = rename
+        self.quantized: Mapping[str, Sequence[str]] = dict(quantized or {})
         self.state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         groups: dict[int, list[str]] = {}
         for name, tensor in self.state.items():
@@ -63,7 +66,8 @@ class Loader:
             if form is not None:
                 self.fused_sources[name] = _Sources(form)
         self._check_buffers()
-        unexpected = [n for n in reader.names if not self._place(n) and matches(n, ignore) is None]
+        taken = {n for names in self.quantized.values() for n in names}
+        unexpected = [n for n in reader.names if n not in taken and not self._place(n) and matches(n, ignore) is None]
         missing = self._missing()
         if missing or unexpected:
             raise ValueError(_disagree(type(model).__name__, str(reader.folder), missing, unexpected))
@@ -80,8 +84,7 @@ class Loader:
 
     def _place(self, name: str) -> bool:
         """Note where the tensor ``name`` of the checkpoint goes; False where the model has no place for it."""
-        found = self.rename(name) if self.rename is not None else name
-        candidates = (found, found.replace(".block_sparse_moe.", ".mlp."))
+        candidates = model_names(name, self.rename)
         for candidate in candidates:
             if candidate in self.state:
                 module, _, last = candidate.rpartition(".")
@@ -116,7 +119,7 @@ class Loader:
                 (f.up_bias, s.biases),
                 (f.down_bias, s.biases),
             ):
-                if param is None or param in s.whole:
+                if param is None or param in s.whole or f"{module}.{param}" in self.quantized:
                     continue
                 lost = [
                     f"{module}.{e}.{part}"
@@ -129,9 +132,9 @@ class Loader:
         return missing
 
     def _needed(self, name: str) -> bool:
-        """False for what a quantized module keeps (an MxLinear of an earlier run has its weights)."""
+        """False for what comes quantized, and for what a quantized module keeps (an MxLinear of an earlier run has its weights)."""
         module, _, _ = name.rpartition(".")
-        return not isinstance(self.model.get_submodule(module), MxLinear)
+        return name not in self.quantized and not isinstance(self.model.get_submodule(module), MxLinear)
 
     def _check_tensors(self) -> None:
         for name, files in self.on_disk.items():
@@ -165,9 +168,12 @@ class Loader:
             module = name.rpartition(".")[0]
             job = module if module in self.plan.linears else name
             first[job] = min(first.get(job, len(position)), *(position[f] for f in files))
+        for name, stored in self.quantized.items():
+            module = name.rpartition(".")[0]
+            first[module] = min(first.get(module, len(position)), *(position[f] for f in stored))
         for module, s in self.fused_sources.items():
             if module in self.plan.experts:
-                first[module] = min(position[n] for n in s.all())
+                first[module] = min((position[n] for n in s.all()), default=first.get(module, 0))
             else:
                 for param in s.form.names:
                     first[f"{module}.{param}"] = min(position[n] for n in s.all())
@@ -178,14 +184,16 @@ class Loader:
         name = self.on_disk[f"{module}.weight"][0]
         scheme = self.plan.scheme
         q = quantize_finite(name, self.reader.read(name).to(self.device), scheme.weight, rule=scheme.rule)
-        bias = self._read(f"{module}.bias") if f"{module}.bias" in self.on_disk else None
-        return MxLinear.from_quantized(q, bias, scheme.activation)
+        return MxLinear.from_quantized(q, self.bias(module), scheme.activation)
+
+    def bias(self, module: str) -> Tensor | None:
+        """The bias of a linear layer, if it has one."""
+        return self._read(f"{module}.bias") if f"{module}.bias" in self.on_disk else None
 
     def fused(self, module: str) -> ExpertWeights:
         """The quantized experts of a module, read one expert (or one matrix) at a time."""
         s = self.fused_sources[module]
         f, scheme = s.form, self.plan.scheme
-        owner = self.model.get_submodule(module)
         dtype = self.reader.info(next(s.all())).torch_dtype
         builder = ExpertBuilder(
             f.num_experts,
@@ -204,11 +212,17 @@ class Loader:
         for (e, part), name in s.weights.items():
             g = self._joint(s, e) if part in ("gate", "up") and f.gated and scheme.weight.has_global_scale else None
             builder.put(e, part, self.reader.read(name), name=name, global_scale=g)
-        biases = []
-        for bias in (f.up_bias, f.down_bias):
+        return builder.build(*self.biases(module))
+
+    def biases(self, module: str) -> tuple[Tensor | None, Tensor | None]:
+        """The biases of a module's experts, gate rows before up rows: [E, 2I] and [E, H], or None."""
+        s = self.fused_sources[module]
+        owner = self.model.get_submodule(module)
+        found = []
+        for bias in (s.form.up_bias, s.form.down_bias):
             b = None if bias is None else self._bias(s, bias, getattr(owner, bias).dtype)
-            biases.append(deinterleave(b, 1) if b is not None and bias == f.up_bias and f.interleaved else b)
-        return builder.build(*biases)
+            found.append(deinterleave(b, 1) if b is not None and bias == s.form.up_bias and s.form.interleaved else b)
+        return found[0], found[1]
 
     def _slice(self, s: _Sources, param: str, expert: int) -> Tensor:  # [N, K]
         x = self.reader.get(s.whole[param], expert)
@@ -265,6 +279,12 @@ class Loader:
             if not torch.equal(x, self.reader.read(other)):
                 raise ValueError(f"{first} and {other} are one tensor in the model but differ in the checkpoint")
         return x.to(self.device, self.state[name].dtype)
+
+
+def model_names(name: str, rename: Callable[[str], str] | None) -> tuple[str, ...]:
+    """What a tensor of a checkpoint may be called in a model: renamed, and Mixtral's and MiniMax's MoE block under its name there."""
+    found = rename(name) if rename is not None else name
+    return tuple(dict.fromkeys((found, found.replace(".block_sparse_moe.", ".mlp."))))
 
 
 def _form(module: Any) -> FusedExperts | None:

@@ -108,16 +108,22 @@ def load_online(
     plan = plan_model(model, get_scheme(scheme), include, skip, experts is not None)
     with ShardReader(checkpoint) as reader:
         loader = Loader(model, plan, reader, ignore=ignore, rename=rename, device=torch.device(device or "cpu"))
-        for job in _bar(loader.jobs, plan.scheme, progress):
-            if job in plan.linears:
-                _replace(model, plan, job, loader.linear(job))
-            elif job in plan.experts:
-                assert experts is not None
-                source, weights = model.get_submodule(job), loader.fused(job)
-                _replace(model, plan, job, _made(experts(job, source, weights), job, plan.experts[job]))
-                del source, weights
-            else:
-                loader.keep(job)
+        return carry_out(model, loader, experts, progress)
+
+
+def carry_out(model: nn.Module, loader: Loader, experts: ExpertsFactory | None, progress: bool) -> nn.Module:
+    """Do the loader's jobs one after another: replace what is quantized, keep the rest; returns ``model``."""
+    plan = loader.plan
+    for job in _bar(loader.jobs, plan.scheme, progress):
+        if job in plan.linears:
+            _replace(model, plan, job, loader.linear(job))
+        elif job in plan.experts:
+            assert experts is not None
+            source, weights = model.get_submodule(job), loader.fused(job)
+            _replace(model, plan, job, _made(experts(job, source, weights), job, plan.experts[job]))
+            del source, weights
+        else:
+            loader.keep(job)
     _finish(model, plan)
     return model
 

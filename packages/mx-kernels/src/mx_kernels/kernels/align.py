@@ -102,18 +102,22 @@ def _align_kernel(
     for at in range(first, tl.minimum(first + chunk, pairs), SUB):
         i = at + tl.arange(0, SUB)
         e, kept = _experts(ids, expert_map, i, i < first + chunk, pairs, experts, num_global, HAS_MAP)
-        key = tl.where(kept, e, -1)
-        earlier = (key[:, None] == key[None, :]) & (tl.arange(0, SUB)[:, None] > tl.arange(0, SUB)[None, :])
-        position = tl.gather(base, e, 0) + tl.sum(earlier.to(tl.int32), 1)
+        position = tl.gather(base, e, 0)
+        for other in range(at, at + SUB, 32):
+            j = other + tl.arange(0, 32)
+            f, valid = _experts(ids, expert_map, j, j < first + chunk, pairs, experts, num_global, HAS_MAP)
+            f = tl.where(valid, f, -1)
+            earlier = (e[:, None] == f[None, :]) & (i[:, None] > j[None, :])
+            position += tl.sum(earlier.to(tl.int32), 1)
         tl.store(sorted_ids + position, i, mask=kept)
         base += tl.histogram(e, EP, mask=kept)
 
     # Padding: slot j after each expert's last pair, then everything past the last block.
     for j in range(pid, BLOCK - 1, programs):
-        at = end - padded + total + j
-        tl.store(sorted_ids + at, tl.full((EP,), 0, tl.int32) + pairs, mask=at < end)
-    for at in range(used + pid * TILE, slots, programs * TILE):
-        s = at + tl.arange(0, TILE)
+        slot = end - padded + total + j
+        tl.store(sorted_ids + slot, tl.full((EP,), 0, tl.int32) + pairs, mask=slot < end)
+    for tail in range(used + pid * TILE, slots, programs * TILE):
+        s = tail + tl.arange(0, TILE)
         tl.store(sorted_ids + s, tl.full((TILE,), 0, tl.int32) + pairs, mask=s < slots)
     for block in range(pid * 64, slots // BLOCK, programs * 64):
         b = block + tl.arange(0, 64)

@@ -304,8 +304,12 @@ def _global_scale_kernel(partial, out, parts, GLOBAL_MIN: tl.constexpr, PARTS: t
 
 # --- launchers: the arguments and results of the custom ops of the same names ---
 
-BLOCKS = {"quantize": {8: 128, 6: 128, 4: 128}, "dequantize": {8: 128, 6: 128, 4: 128}}
-"""Blocks of 32 that a program of four warps takes, by bits of an element."""
+TILES = {
+    "quantize": {8: (128, 4), 6: (128, 4), 4: (128, 4)},
+    "round_trip": {8: (128, 4), 6: (128, 4), 4: (128, 4)},
+    "dequantize": {8: (128, 4), 6: (128, 4), 4: (128, 4)},
+}
+"""(runs of 32 elements that a program takes, its warps), by kernel and bits of an element."""
 
 
 def _rows(x: Tensor) -> tuple[Tensor, bool]:
@@ -327,7 +331,8 @@ def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tenso
     blocks, per_row = x.numel() // f.block, x.shape[-1] // f.block
     device = target(x.device)
     bits = f.element.bits
-    n = BLOCKS["quantize"][bits] * 32 // f.block
+    n, warps = TILES["round_trip" if scale is None else "quantize"][bits]
+    n = n * 32 // f.block
     kind, each = _globals(g, blocks, n)
     aligned = rows.data_ptr() % 4 == 0 and rows.stride(0) % 2 == 0
     launch(
@@ -353,7 +358,7 @@ def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tenso
         ROUND_TRIP=scale is None,
         N=n,
         B=f.block,
-        num_warps=4,
+        num_warps=warps,
         enable_fp_fusion=False,
     )
 
@@ -405,7 +410,8 @@ def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format:
     data, scale = data.contiguous(), scale.contiguous()
     if data.data_ptr() % 4:
         data = data.clone()
-    n = BLOCKS["dequantize"][f.element.bits] * 32 // f.block
+    n, warps = TILES["dequantize"][f.element.bits]
+    n = n * 32 // f.block
     kind, each = _globals(global_scale, blocks, n)
     launch(
         _dequantize_kernel,
@@ -423,7 +429,7 @@ def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format:
         GLOBALS=kind,
         N=n,
         B=f.block,
-        num_warps=4,
+        num_warps=warps,
         enable_fp_fusion=False,
     )
     return out

@@ -1,0 +1,104 @@
+"""The alignment kernel returns the reference's tensors (pairs stay in order inside an expert), whatever the routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mx_kernels as mk
+from mx_kernels.reference.moe import aligned
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    torch.use_deterministic_algorithms(False)
+    with torch.device("cuda"):
+        yield
+
+
+def align(ids, block, experts, expert_map=None):
+    from mx_kernels.kernels import align
+
+    return align.moe_align_block_size(ids, block, experts, expert_map)
+
+
+def check(ids, block, experts, expert_map=None):
+    got, want = align(ids, block, experts, expert_map), aligned(ids, block, experts, expert_map)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.int32
+        assert torch.equal(a, b)
+
+
+def routing(tokens, top_k, experts, kind="uniform"):
+    if kind == "uniform":
+        return torch.rand(tokens, experts).topk(min(top_k, experts)).indices.int()
+    if kind == "one":
+        return torch.full((tokens, top_k), experts - 1, dtype=torch.int32)
+    ids = (torch.rand(tokens, top_k) ** 6 * (experts + 2)).int() - 1  # skewed, with both sentinels
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["uniform", "one", "skewed"])
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("experts", [1, 8, 60, 128, 512])
+def test_every_size(experts, block, kind):
+    for tokens in (0, 1, 3, 17, 64, 127, 1024, 2049):
+        check(routing(tokens, 4, experts, kind), block, experts)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"), [(16384, 8, 128), (131072, 8, 512), (1048576, 1, 512), (4097, 4, 33)]
+)
+def test_many_pairs(tokens, top_k, experts):
+    check(routing(tokens, top_k, experts, "skewed"), 64, experts)
+    check(routing(tokens, top_k, experts, "one"), 16, experts)
+
+
+@pytest.mark.parametrize("tokens", [5, 300, 9000])
+def test_expert_map(tokens):
+    total, local = 256, 100
+    expert_map = torch.full((total,), -1, dtype=torch.int32)
+    expert_map[torch.randperm(total)[:local]] = torch.randperm(local).int()
+    ids = torch.randint(-2, total + 3, (tokens, 6)).int()
+    check(ids, 32, local, expert_map)
+    check(ids, 32, local, torch.full_like(expert_map, -1))
+
+
+def test_the_public_function_sorts_and_skips():
+    ids = routing(512, 8, 128)
+    tiles = mk.moe_align_block_size(ids, 64, 128)
+    assert torch.equal(tiles.sorted_ids, aligned(ids, 64, 128, None)[0])
+    assert mk.moe_align_block_size(ids[:8], 16, 128).sorted_ids is None
+
+
+def test_same_bits_each_time():
+    ids = routing(20000, 8, 256, "skewed")
+    first = align(ids, 64, 256)
+    for _ in range(20):
+        for a, b in zip(align(ids, 64, 256), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tokens", [128, 4096])
+def test_cuda_graph(tokens):
+    ids = routing(tokens, 8, 128)
+    align(ids, 64, 128)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tiles = mk.moe_align_block_size(ids, 64, 128)
+    for kind in ("skewed", "one", "uniform"):
+        ids.copy_(routing(tokens, 8, 128, kind))
+        graph.replay()
+        want = aligned(ids, 64, 128, None)
+        assert torch.equal(tiles.sorted_ids, want[0])
+        assert torch.equal(tiles.expert_ids, want[1])
+        assert torch.equal(tiles.num_padded, want[2])
+
+
+def test_compiles_without_a_graph_break_and_opcheck():
+    ids = routing(300, 4, 64)
+    step = torch.compile(lambda ids: mk.moe_align_block_size(ids, 32, 64).sorted_ids, fullgraph=True)
+    assert torch.equal(step(ids), aligned(ids, 32, 64, None)[0])
+    torch.library.opcheck(torch.ops.mx_kernels.moe_align_block_size.default, (ids, 32, 64, None))

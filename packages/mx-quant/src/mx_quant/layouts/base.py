@@ -126,6 +126,21 @@ def check_info(
     return info
 
 
+def check_unclaimed(refs: Sequence[WeightRef], infos: Infos, where: str) -> list[WeightRef]:
+    """``refs``, after checking that no stored matrix of 8-bit elements belongs to none of them (ValueError).
+
+    Such a tensor is quantized in a way that the config does not tell, and would pass through as if it were an ordinary one.
+    """
+    owned = {t for r in refs for t in r.tensors}
+    for name, info in infos.items():
+        if info.dtype.itemsize == 1 and info.dtype != torch.bool and len(info.shape) >= 2 and name not in owned:
+            dtype = str(info.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} is {dtype} {list(info.shape)}, so it is quantized, but {where} describes no weight that it belongs to"
+            )
+    return list(refs)
+
+
 def scale_dtypes(format: Format) -> tuple[torch.dtype, ...]:
     """Dtypes in which a stored block scale of the format is accepted: E8M0 bytes may be typed as such."""
     if format.scale == "e8m0":

@@ -24,6 +24,7 @@ from .base import (
     Configs,
     Infos,
     WeightRef,
+    check_unclaimed,
     quantization_config,
     require,
     unquantized_modules,
@@ -165,7 +166,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         raise ValueError(
             f"{_WHERE}.quant_method is 'compressed-tensors', but no weight has a weight_scale: nothing is quantized"
         )
-    return out
+    return check_unclaimed(out, infos, _WHERE)
 
 
 def _config(

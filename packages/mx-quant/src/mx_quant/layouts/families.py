@@ -92,7 +92,7 @@ class Role:
     """What a tensor is.
 
     kind: "expert", "fused_expert", "expert_bias", "fused_bias", "router", "norm", "embedding", "lm_head", "attention", "mlp",
-        "shared_expert" or "other" (biases of dense layers are "other").
+        "shared_expert", "encoder" (of images or sound, and its projector) or "other" (biases of dense layers are "other").
     part: "gate", "up", "down", "gate_up", "q", "k", "v", "o" ... or "". experts: what stands before the expert's index,
     such as "model.layers.0.mlp.experts". group: equal for the weights that share one NVFP4 global scale (gate and up of one
     expert or MLP; q, k and v), None elsewhere.
@@ -113,12 +113,21 @@ _PARTS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "qkv_proj": "qkv", "qkv": "qkv", "out": "o",
 }  # fmt: skip
 _PROJECTION = r"gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3|w13"
-_JOINT = {"gate": "gate_up", "up": "gate_up", "q": "qkv", "k": "qkv", "v": "qkv"}
+_JOINT = {
+    "gate": "gate_up",
+    "up": "gate_up",
+    "q": "qkv",
+    "k": "qkv",
+    "v": "qkv",
+    "q_a_proj": "qkv_a",
+    "kv_a_proj_with_mqa": "qkv_a",
+}
 
 # The first pattern that matches decides.
 _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
+        ("encoder", r"(.*\.)?(visual|vision_tower|vision_model|audio_tower|audio_model|multi_modal_projector)\."),
         (EXPERT, rf"(?P<experts>.*\bexperts)\.(?P<expert>\d+)\.(?P<part>{_PROJECTION})\.weight$"),
         (EXPERT_BIAS, rf"(?P<experts>.*\bexperts)\.(?P<expert>\d+)\.(?P<part>{_PROJECTION})\.bias$"),
         (FUSED_EXPERT, r"(?P<experts>.*\bexperts)\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)$"),

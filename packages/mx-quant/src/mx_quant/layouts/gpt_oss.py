@@ -29,6 +29,7 @@ from .base import (
     WeightRef,
     check_info,
     check_scale,
+    check_unclaimed,
     check_weight,
     quantization_config,
     require,
@@ -85,7 +86,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         raise ValueError(
             "quantization_config.quant_method is 'mxfp4', but no tensor name ends in blocks: nothing is quantized"
         )
-    return out
+    return check_unclaimed(out, infos, "quant_method mxfp4")
 
 
 def _plan(ref: WeightRef) -> dict[str, TensorInfo]:

@@ -25,6 +25,7 @@ from .base import (
     Configs,
     Infos,
     WeightRef,
+    check_unclaimed,
     quantization_config,
     require,
     unquantized_modules,
@@ -123,7 +124,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         raise ValueError(
             f"{where}.quant_algo is {algorithm!r}, but no weight is uint8 or float8_e4m3fn: nothing is quantized"
         )
-    return out
+    return check_unclaimed(out, infos, where)
 
 
 def _why_not(ref: WeightRef) -> str | None:

@@ -19,6 +19,7 @@ from .base import (
     Infos,
     Layout,
     WeightRef,
+    check_unclaimed,
     quantization_config,
     require,
     unquantized_modules,
@@ -62,7 +63,7 @@ def _refs(names: Names, configs: Configs, infos: Infos) -> list[WeightRef]:
     ]
     if not out:
         raise ValueError(f"{_WHERE}.quant_method is 'mxfp8', but no tensor is float8_e4m3fn: nothing is quantized")
-    return out
+    return check_unclaimed(out, infos, _WHERE)
 
 
 def _config(

@@ -18,6 +18,7 @@ from .base import (
     Configs,
     Infos,
     WeightRef,
+    check_unclaimed,
     quantization_config,
     require,
     unquantized_modules,
@@ -101,7 +102,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         out.append(check_stored(ref, infos, names, why))
     if not out:
         raise ValueError(f"{_WHERE}.quant_method is 'quark', but no weight is uint8 or float8: nothing is quantized")
-    return out
+    return check_unclaimed(out, infos, _WHERE)
 
 
 def _spec(format: Format, rule: ScaleRule | None, *, dynamic: bool) -> dict[str, Any]:

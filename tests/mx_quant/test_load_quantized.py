@@ -136,6 +136,10 @@ def test_input_scales_choose_the_activation(tmp_path):
     src = checkpoint(tmp_path / "src", "qwen3")
     out = tmp_path / "out"
     mq.quantize_checkpoint(src, out, "nvfp4", layout="modelopt", jobs=1)
+    for config_file in ("config.json", "hf_quant_config.json"):
+        text = (out / config_file).read_text()
+        assert "W4A16_NVFP4" in text
+        (out / config_file).write_text(text.replace("W4A16_NVFP4", "NVFP4"))
     (file,) = out.glob("*.safetensors")
     stored = load_file(file)
     for name in [n for n in stored if n.endswith(".weight_scale_2")]:

@@ -212,17 +212,12 @@ class Loader:
         for (e, part), name in s.weights.items():
             g = self._joint(s, e) if part in ("gate", "up") and f.gated and scheme.weight.has_global_scale else None
             builder.put(e, part, self.reader.read(name), name=name, global_scale=g)
-        return builder.build(*self.biases(module))
-
-    def biases(self, module: str) -> tuple[Tensor | None, Tensor | None]:
-        """The biases of a module's experts, gate rows before up rows: [E, 2I] and [E, H], or None."""
-        s = self.fused_sources[module]
         owner = self.model.get_submodule(module)
-        found = []
-        for bias in (s.form.up_bias, s.form.down_bias):
+        biases = []
+        for bias in (f.up_bias, f.down_bias):
             b = None if bias is None else self._bias(s, bias, getattr(owner, bias).dtype)
-            found.append(deinterleave(b, 1) if b is not None and bias == s.form.up_bias and s.form.interleaved else b)
-        return found[0], found[1]
+            biases.append(deinterleave(b, 1) if b is not None and bias == f.up_bias and f.interleaved else b)
+        return builder.build(*biases)
 
     def _slice(self, s: _Sources, param: str, expert: int) -> Tensor:  # [N, K]
         x = self.reader.get(s.whole[param], expert)

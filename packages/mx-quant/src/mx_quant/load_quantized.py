@@ -18,12 +18,13 @@ from mx_kernels import Format, QuantizedTensor
 from .convert import Checkpoint
 from .coverage import Covered
 from .experts import ExpertWeights
-from .layouts import FUSED, Target, WeightRef, assemble, assemble_input_scale, classify, regroup
+from .layouts import FUSED, Target, WeightRef, classify, regroup
 from .linear import MxLinear
 from .load import Loader, model_names
 from .model_plan import ModelPlan, fused_experts
 from .online import ExpertsFactory, carry_out
 from .scheme import Scheme
+from .stored_experts import read_experts
 
 
 def load_quantized(
@@ -118,6 +119,7 @@ class QuantizedLoader(Loader):
                 f"more): pass experts=..., which makes the modules that run them"
             )
         self._rows(model, plan, quantized)
+        self.modules = {}  # the loader must not keep what it replaces
         super().__init__(
             model, plan, checkpoint.reader, ignore=ignore, rename=rename, device=device, quantized=quantized
         )
@@ -190,30 +192,29 @@ class QuantizedLoader(Loader):
         """The layer around a quantized weight of the checkpoint."""
         ref = self.linears[module]
         activation = self.plan.scheme.activation
-        scale = self._input_scale(self._read_scale(ref.name, None), activation)
-        q = self._moved(self.checkpoint.read(ref.name), f"{module}.weight")
+        layout = self.checkpoint.layout
+        assert layout is not None
+        scale = self._input_scale(layout.read_input_scale(ref, self.reader.get), activation)
+        q = replace(self.checkpoint.read(ref.name).to(self.device), dtype=self.state[f"{module}.weight"].dtype)
         return MxLinear.from_quantized(q, self.bias(module), activation, input_scale=scale)
 
     def fused(self, module: str) -> ExpertWeights:
         """The experts of a module, joined where the checkpoint has them one by one."""
+        form, down = self.fused_sources[module].form, self.targets[module]["down"]
         activation = self.plan.scheme.activation
-        found = self.targets[module]
-        form = self.fused_sources[module].form
-        w13 = self._moved(assemble(found["up"], self.checkpoint.read), f"{module}.{form.up}")
-        w2 = self._moved(assemble(found["down"], self.checkpoint.read), f"{module}.{form.down}")
-        scales = (
-            self._input_scale(assemble_input_scale(found[part], self._read_scale), activation)
-            for part in ("up", "down")
+        w = read_experts(self.checkpoint, classify(down.sources[0]).experts, device=self.device)
+        dtype = self.state[f"{module}.{form.down}"].dtype
+        assert isinstance(w.w13, QuantizedTensor)
+        assert isinstance(w.w2, QuantizedTensor)
+        return ExpertWeights(
+            replace(w.w13, dtype=dtype),
+            replace(w.w2, dtype=dtype),
+            None if w.w13_bias is None else w.w13_bias.to(dtype),
+            None if w.w2_bias is None else w.w2_bias.to(dtype),
+            activation,
+            self._input_scale(w.w13_input_scale, activation),
+            self._input_scale(w.w2_input_scale, activation),
         )
-        return ExpertWeights(w13, w2, *self.biases(module), activation, *scales)
-
-    def _moved(self, q: QuantizedTensor, name: str) -> QuantizedTensor:
-        return replace(q.to(self.device), dtype=self.state[name].dtype)
-
-    def _read_scale(self, name: str, expert: int | None) -> Tensor | None:
-        layout = self.checkpoint.layout
-        assert layout is not None
-        return layout.read_input_scale(self.checkpoint.weights[name], self.reader.get, expert=expert)
 
     def _input_scale(self, scale: Tensor | None, activation: Format | None) -> Tensor | None:
         return (

@@ -50,6 +50,7 @@ from .scheme import (
 )
 from .shards import ShardReader
 from .stored_experts import expert_layers, read_experts
+from .verify import Finding, Verification, report_checkpoint, verify_checkpoint
 from .writer import ShardWriter, TensorSpec, plan_shards
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "Covered",
     "ExpertBuilder",
     "ExpertWeights",
+    "Finding",
     "LinearMethod",
     "MxLinear",
     "Mxfp4LinearMethod",
@@ -97,6 +99,7 @@ __all__ = [
     "ShardReader",
     "ShardWriter",
     "TensorSpec",
+    "Verification",
     "check_finite",
     "compare",
     "convert_checkpoint",
@@ -117,4 +120,6 @@ __all__ = [
     "quantize_finite",
     "quantize_model",
     "read_experts",
+    "report_checkpoint",
+    "verify_checkpoint",
 ]

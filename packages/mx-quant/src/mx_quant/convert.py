@@ -174,8 +174,7 @@ def convert_checkpoint(
         infos = {s.name: TensorInfo(s.dtype, s.shape) for s in specs}
         activations = any(r.input_scale is not None for r in refs)
         configs = {**base, **to.config(base, named, infos, activations=activations)}
-        first = refs[0]
-        provenance = {"format": str(first.format), "rule": str(first.rule or ""), "layout": to.name}
+        provenance = {"format": str(refs[0].format), "rule": str(refs[0].rule or ""), **_origin(ck), "layout": to.name}
         output = plan_output(ck.reader, specs, configs, provenance, {}, parse_bytes(max_shard_size))
 
         def write(writer: ShardWriter) -> None:
@@ -259,6 +258,15 @@ def _move(ck: Checkpoint, source: Layout, to: Layout, writer: ShardWriter, targe
             writer.write(name, t.contiguous(), 0 if expert is None else expert * t.nbytes)
 
 
+def _origin(ck: Checkpoint) -> dict[str, str]:
+    """What an earlier run of ours noted of the full-precision source, where there was one."""
+    made = ck.configs.get("config.json", {}).get("mx_quant")
+    if not isinstance(made, Mapping):
+        return {}
+    found = {"rule": made.get("rule"), "origin_sha256": made.get("origin_sha256", made.get("source_sha256"))}
+    return {k: v for k, v in found.items() if isinstance(v, str)}
+
+
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {k: v for k, v in config.items() if k not in ("quantization_config", "mx_quant")}
     if isinstance(found.get("text_config"), Mapping):
@@ -297,7 +305,7 @@ def dequantize_checkpoint(
         made += [(stored_names(t, tensors), plan_plain(t.ref, ck.infos[t.sources[0]].dtype)) for t in moved]
         specs, copies = arrange(ck.reader, made)
         configs = {n: _without_quantization(c) for n, c in ck.configs.items() if n == "config.json"}
-        provenance = {"format": dtype, "rule": "", "layout": ""}
+        provenance = {**_origin(ck), "format": dtype, "layout": ""}
         output = plan_output(ck.reader, specs, configs, provenance, {}, parse_bytes(max_shard_size))
 
         def expand(writer: ShardWriter, target: Target, expert: int | None) -> None:

@@ -560,3 +560,36 @@ def test_transformers_checkpoints(family, tmp_path):
     # roundings to bf16 in two layers (measured 0.2 to 0.5%); MXFP4 itself moves these logits by 13 to 20%
     assert (got - expected).norm() < 0.015 * expected.norm()
     assert (exact - expected).norm() > 0.1 * expected.norm()
+
+
+def test_with_the_experts_of_mx_moe(tmp_path):
+    """The factory of docs/adding.md, in memory, while loading and from a quantized checkpoint: one and the same model."""
+    transformers = pytest.importorskip("transformers")
+    mm = pytest.importorskip("mx_moe")
+    integration = pytest.importorskip("mx_moe.integrations.transformers")
+
+    def experts(name, module, weights):
+        integration.attach(module, mm.make_experts(weights, integration.experts_activation(module)))
+        return module
+
+    config = transformers.GptOssConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    source = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    source.save_pretrained(tmp_path / "src")
+    mq.quantize_checkpoint(tmp_path / "src", tmp_path / "out", "mxfp4", layout="gpt-oss", jobs=1)
+    models = []
+    for load, folder in ((mq.load_online, "src"), (mq.load_quantized, "out")):
+        with mq.meta_parameters():
+            model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+        more = {"scheme": "mxfp4", "skip": ("lm_head", "*.router", "*_proj")} if load is mq.load_online else {}
+        models.append(load(model, tmp_path / folder, experts=experts, **more))
+    coverage = mq.quantize_model(source, "mxfp4", skip=("lm_head", "*.router", "*_proj"), experts=experts)
+    assert coverage.expert_percent == models[1].mx_coverage.expert_percent == 100
+    ids = torch.arange(24).view(2, 12) % 128
+    with torch.no_grad():
+        want = source(ids).logits
+        assert torch.isfinite(want).all()
+        for model in models:
+            assert torch.equal(model(ids).logits, want)

@@ -6,6 +6,8 @@ config.json says about them. Letters: E experts, N rows, K columns (canonical: K
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -221,6 +223,39 @@ def require(field: str, value: Any, known: Sequence[Any], where: str) -> None:
     """Raise ValueError naming the field, its value and what is known, unless ``value`` is one of ``known``."""
     if value not in known:
         raise ValueError(f"{where}: {field} is {value!r}; known: {', '.join(repr(k) for k in known)}")
+
+
+# A config is untrusted, and Python's regular expressions have no time limit: a repeated group can take exponential time.
+_REPEATED_GROUP = re.compile(r"\)(\*|\+|\{)")
+_UNBOUNDED = re.compile(r"(?<!\\)[*+]")
+
+
+def matcher(patterns: Sequence[str], *, shell: bool) -> Callable[[str], bool]:
+    """Whether a module's name is listed: as it is, by a "re:" pattern from its start, or (``shell``) by a shell pattern.
+
+    Lists of whole names (tens of thousands in mixed checkpoints) cost one look-up.
+    """
+    wild = [p for p in patterns if p.startswith("re:") or (shell and any(c in p for c in "*?["))]
+    exact = set(patterns) - set(wild)
+    for p in wild:
+        if p.startswith("re:") and (_REPEATED_GROUP.search(p) or len(_UNBOUNDED.findall(p)) > 6 or len(p) > 4096):
+            raise ValueError(
+                f"module pattern {p[:200]!r} repeats a group or has more than 6 '*' or '+': it could match for hours"
+            )
+    try:
+        compiled = [re.compile(p[3:] if p.startswith("re:") else fnmatch.translate(p)) for p in wild]
+    except re.error as error:
+        raise ValueError(f"a module pattern is no regular expression: {error.pattern!r}: {error}") from None
+    return lambda module: module in exact or any(c.match(module) for c in compiled)
+
+
+def names_list(value: Any, field: str) -> list[str]:
+    """A list of module names or patterns from a config, [] for None; ValueError naming the field otherwise."""
+    if value is None:
+        return []
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{field} is {value!r}, needs a list of module names")
+    return list(value)
 
 
 def with_quantization(configs: Configs, quantization: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ and for NVFP4 with quantized activations ``input_global_scale`` float32 [1], a d
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,8 @@ from .base import (
     Infos,
     WeightRef,
     check_unclaimed,
+    matcher,
+    names_list,
     quantization_config,
     require,
     unquantized_modules,
@@ -55,6 +56,7 @@ _NAMES = {f.name: name for name, f in _FORMATS.items()}
 class _Group:
     name: str
     targets: tuple[str, ...]
+    named: Callable[[str], bool]
     format: Format
     activations: bool  # under a stored global scale
 
@@ -84,9 +86,7 @@ def _group(name: str, found: Any, default: str | None) -> _Group:
     stored = found.get("format") or default
     require("format", stored, list(_FORMATS), where)
     format = _FORMATS[str(stored)]
-    targets = found.get("targets")
-    if not isinstance(targets, Sequence) or isinstance(targets, str) or not all(isinstance(t, str) for t in targets):
-        raise ValueError(f"{where}.targets is {targets!r}, needs a list of module names, classes or 're:' patterns")
+    targets = tuple(names_list(found.get("targets"), f"{where}.targets"))
     weights = found.get("weights")
     if not isinstance(weights, Mapping):
         raise ValueError(f"{where}.weights is {weights!r}, needs an object: a {stored} group has quantized weights")
@@ -102,25 +102,20 @@ def _group(name: str, found: Any, default: str | None) -> _Group:
         require("input_activations.num_bits", inputs.get("num_bits"), [4], where)
         require("input_activations.dynamic", inputs.get("dynamic"), ["local", False], where)
         activations = True
-    return _Group(name, tuple(targets), format, activations)
-
-
-def _matches(target: str, module: str) -> bool:
-    """As compressed-tensors matches names: a "re:" pattern from the start, or the whole name."""
-    return bool(re.match(target[3:], module)) if target.startswith("re:") else target == module
+    return _Group(name, targets, matcher(targets, shell=False), format, activations)
 
 
 def _group_of(module: str, groups: Sequence[_Group]) -> _Group:
     """The group whose targets name the module; else one that targets a class (such as "Linear")."""
     for group in groups:
-        if any(_matches(t, module) for t in group.targets):
+        if group.named(module):
             return group
     for group in groups:
         if any(not t.startswith("re:") and "." not in t for t in group.targets):
             return group
     raise ValueError(
         f"{module} is stored quantized, but no target of {_WHERE}.config_groups matches it: "
-        f"{', '.join(repr(t) for g in groups for t in g.targets)}"
+        f"{', '.join([repr(t) for g in groups for t in g.targets][:8])}"
     )
 
 
@@ -143,9 +138,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
             f"{_WHERE}.format is {default!r}, but config_groups have {sorted({_NAMES[g.format.name] for g in groups})}: "
             f"several formats are 'mixed-precision'"
         )
-    ignore = config.get("ignore") or []
-    if not isinstance(ignore, Sequence) or isinstance(ignore, str):
-        raise ValueError(f"{_WHERE}.ignore is {ignore!r}, needs a list of module names")
+    ignored = matcher(names_list(config.get("ignore"), f"{_WHERE}.ignore"), shell=False)
     family = family_of(configs.get("config.json", {}), infos)
     out = []
     for tensor, info in infos.items():
@@ -156,7 +149,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         group = _group_of(module, groups)
         names = _TABLE[group.format.name]
         why = f"{_NAMES[group.format.name]} by {_WHERE}.config_groups.{group.name}"
-        if any(_matches(t, module) for t in ignore):
+        if ignored(module):
             raise ValueError(f"{module} is in {_WHERE}.ignore, but is stored quantized ({tensor}, {scale})")
         if not is_data(tensor, names):
             raise ValueError(f"{tensor} is stored, but {why} stores codes as {names.data}")

@@ -13,7 +13,6 @@ MIXED_PRECISION with ``quantized_layers``. Source: nvidia-modelopt 0.47.0.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,8 @@ from .base import (
     Infos,
     WeightRef,
     check_unclaimed,
+    matcher,
+    names_list,
     quantization_config,
     require,
     unquantized_modules,
@@ -89,9 +90,8 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         raise ValueError(f"{where}.quantized_layers is {mixed!r}, needs an object: quant_algo is 'MIXED_PRECISION'")
     if algorithm != "MIXED_PRECISION":
         _algorithm(where, algorithm, config.get("group_size"))
-    exclude = config.get("exclude_modules", config.get("ignore")) or []
-    if not isinstance(exclude, Sequence) or isinstance(exclude, str):
-        raise ValueError(f"{where}.exclude_modules is {exclude!r}, needs a list of module names")
+    listed = config.get("exclude_modules", config.get("ignore"))
+    excluded = matcher(names_list(listed, f"{where}.exclude_modules"), shell=True)
     family = family_of(configs.get("config.json", {}), infos)
     out = []
     for tensor, info in infos.items():
@@ -99,7 +99,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         if info.dtype not in (torch.uint8, torch.float8_e4m3fn) or not is_data(tensor, names):
             continue
         module = tensor.removesuffix(".weight")
-        if any(fnmatch.fnmatchcase(module, p) for p in exclude):
+        if excluded(module):
             raise ValueError(f"{module} is in {where}.exclude_modules, but is stored quantized ({info.dtype})")
         if algorithm == "MIXED_PRECISION":
             assert isinstance(mixed, Mapping)

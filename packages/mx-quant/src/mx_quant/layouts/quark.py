@@ -7,8 +7,6 @@ it by name pattern, ``exclude`` lists what stays in full precision. Source: amd-
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +17,8 @@ from .base import (
     Infos,
     WeightRef,
     check_unclaimed,
+    matcher,
+    names_list,
     quantization_config,
     require,
     unquantized_modules,
@@ -53,13 +53,6 @@ def _weight_config(found: Any, where: str) -> tuple[Format, ScaleRule]:
     return _DTYPES[str(found["dtype"])], _RULES[str(mode)]
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """As Quark matches: "re:" patterns by search, others as shell patterns on the whole name."""
-    if pattern.startswith("re:"):
-        return re.search(pattern[3:], module) is not None
-    return fnmatch.fnmatchcase(module, pattern)
-
-
 def _detect(configs: Configs, infos: Infos) -> bool:
     return quantization_config(configs).get("quant_method") == "quark"
 
@@ -75,9 +68,8 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
     layers = config.get("layer_quant_config") or {}
     if not isinstance(layers, Mapping):
         raise ValueError(f"{_WHERE}.layer_quant_config is {layers!r}, needs an object")
-    exclude = config.get("exclude") or []
-    if not isinstance(exclude, Sequence) or isinstance(exclude, str):
-        raise ValueError(f"{_WHERE}.exclude is {exclude!r}, needs a list of module patterns")
+    excluded = matcher(names_list(config.get("exclude"), f"{_WHERE}.exclude"), shell=True)
+    wild = {p: matcher([p], shell=True) for p in layers if p.startswith("re:") or any(c in p for c in "*?[")}
     family = family_of(configs.get("config.json", {}), infos)
     dtypes = {f.data_dtype for f in _DTYPES.values()}
     out = []
@@ -85,14 +77,13 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         if not tensor.endswith(".weight") or info.dtype not in dtypes:
             continue
         module = tensor.removesuffix(".weight")
-        if any(_matches(p, module) for p in exclude):
+        if excluded(module):
             raise ValueError(f"{module} is in {_WHERE}.exclude, but is stored quantized ({info.dtype})")
         where = f"{_WHERE}.global_quant_config"
         found = config.get("global_quant_config")
-        for pattern, layer in layers.items():
-            if _matches(pattern, module):
-                where, found = f"{_WHERE}.layer_quant_config[{pattern!r}]", layer
-                break
+        pattern = module if module in layers else next((p for p, matches in wild.items() if matches(module)), None)
+        if pattern is not None:
+            where, found = f"{_WHERE}.layer_quant_config[{pattern!r}]", layers[pattern]
         weight = found.get("weight") if isinstance(found, Mapping) else found
         format, rule = _weight_config(weight, f"{where}.weight")
         names = _TABLE[format.name]

@@ -328,6 +328,49 @@ def test_update_and_permute_in_place(packed):
     assert pointers == [t.data_ptr() for _, t in method.weights(layer).named_tensors()]
 
 
+@pytest.mark.parametrize("gpt_oss", [True, False])
+def test_with_the_experts_of_mx_moe(gpt_oss):
+    """The whole protocol on the real factory equals the experts made from weights quantized directly."""
+    mm = pytest.importorskip("mx_moe")
+    s, layer = sources(), nn.Module()
+    if gpt_oss:
+        method = mq.Mxfp4MoEMethod(make_experts=mm.make_experts)
+        method.create_weights(layer, E, H, I, bias=True)
+        layer.load_state_dict(offline_state(s, mk.MXFP4, True))
+    else:
+        method = mq.Mxfp8OnlineMoEMethod("w8a8", make_experts=mm.make_experts, activation=SILU)
+        method.create_weights(layer, E, H, I, bias=True)
+        layer.load_state_dict(s)
+    method.process_weights_after_loading(layer)
+    want = mm.make_experts(expected(s, method.scheme), method.activation)
+    x, routing = torch.randn(5, H).bfloat16(), mm.Router(top_k=2)(torch.randn(5, E))
+    assert torch.equal(method.apply(layer, x, routing), want(x, routing))
+    new = expected(sources(), method.scheme)
+    method.update_weights(layer, new)
+    method.permute_experts(layer, [1, 2, 0])
+    want = mm.make_experts(new.permute([1, 2, 0]), method.activation)
+    assert torch.equal(method.apply(layer, x, routing), want(x, routing))
+
+
+def test_expert_map_and_shared_experts_reach_mx_moe():
+    """Two routed experts of four are here, and a shared one behind them; each row is used for its own global id."""
+    mm = pytest.importorskip("mx_moe")
+    s, layer = sources(), nn.Module()
+    table = torch.tensor([-1, 1, -1, 0, 2], dtype=torch.int32)
+    method = mq.Mxfp8OnlineMoEMethod(make_experts=mm.make_experts, activation=SILU)
+    method.create_weights(layer, 2, H, I, bias=True, fused_shared_experts=1, expert_map=table)
+    layer.load_state_dict(s | {"expert_map": table})
+    method.process_weights_after_loading(layer)
+    x = torch.randn(5, H).bfloat16()
+    routing = mm.Router(top_k=2, shared_experts=1)(torch.randn(5, 4))
+    want = mm.make_experts(expected(s, mk.MXFP8), SILU, expert_map=table, shared_experts=1)(x, routing)
+    assert torch.equal(method.apply(layer, x, routing), want)
+    here = mm.make_experts(expected(s, mk.MXFP8), SILU)
+    local = table[routing.ids.long()]
+    rows = mm.Routing(local.clamp(min=0), torch.where(local >= 0, routing.weights, 0.0))
+    assert torch.allclose(method.apply(layer, x, routing).float(), here(x, rows).float(), rtol=2**-7, atol=1e-3)
+
+
 def test_update_needs_experts_that_can():
     method, layer = mq.Mxfp8OnlineMoEMethod(make_experts=Factory(), activation=SILU), nn.Module()
     method.create_weights(layer, E, H, I, bias=True)

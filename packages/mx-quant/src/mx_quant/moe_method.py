@@ -7,8 +7,10 @@ What multiplies is not here: packages import mx_moe -> mx_quant, never back, so 
 
     method = Mxfp4MoEMethod(make_experts=mx_moe.make_experts)
 
-It is called as ``make_experts(weights, activation, expert_map=...)`` once the weights are ready, and chooses the backend
-(``mx_moe.select_mxfp8_moe_backend`` and its like). The layer's own tensors are then released: the experts keep what they need.
+It is called as ``make_experts(weights, activation, expert_map=...)``, with ``shared_experts=n`` where the last n rows are fused
+shared experts, once the weights are ready; it chooses the backend (as ``mx_moe.select_mxfp8_moe_backend`` does). The layer's own
+tensors are then released: the experts keep what they need. What it returns is called as ``experts(x, routing)``, has the
+canonical ``weights``, and writes new ones in place with ``update_weights(weights)``.
 Without a factory the layer keeps the canonical weights (``weights``).
 
 E experts of this rank, fused shared experts last; H hidden, I intermediate size; k experts a token, T tokens.
@@ -115,6 +117,7 @@ class _MoEMethodBase:
         self,
         layer: Any,
         rows: int,
+        shared: int,
         gated: bool,
         hidden_size: int,
         intermediate_size: int,
@@ -136,6 +139,7 @@ class _MoEMethodBase:
         layer.register_buffer("expert_map", expert_map)
         layer.mx_dtype = dtype
         layer.mx_row_layout = self.row_layout
+        layer.mx_shared_experts = shared
         layer.mx_processed = False
         layer.experts = None
 
@@ -148,7 +152,8 @@ class _MoEMethodBase:
     def _finish(self, layer: Any, weights: ExpertWeights) -> None:
         """Hand the weights to the factory and release the layer's tensors, or keep them on the layer."""
         if self.make_experts is not None:
-            experts = self.make_experts(weights, self.activation, expert_map=layer.expert_map)
+            shared = {"shared_experts": layer.mx_shared_experts} if layer.mx_shared_experts else {}
+            experts = self.make_experts(weights, self.activation, expert_map=layer.expert_map, **shared)
             for name in (*_TENSORS, *_QUANTIZED):
                 storage.detach(layer, name)
             storage.detach(layer, "experts")
@@ -190,7 +195,9 @@ class OnlineMoEMethod(_MoEMethodBase):
         rows, n = num_experts + fused_shared_experts, (2 if gated else 1) * intermediate_size
         meta = str(device) == "meta"
         where = None if meta else device
-        self._register(layer, rows, gated, hidden_size, intermediate_size, bias, expert_map, dtype, where)
+        self._register(
+            layer, rows, fused_shared_experts, gated, hidden_size, intermediate_size, bias, expert_map, dtype, where
+        )
         for name, shape in (
             ("w13_weight", (rows, n, hidden_size)),
             ("w2_weight", (rows, hidden_size, intermediate_size)),
@@ -273,7 +280,9 @@ class OfflineMoEMethod(_MoEMethodBase):
         if input_scales and (self.scheme.activation is None or not self.scheme.activation.has_global_scale):
             raise ValueError(f"{self.scheme} has no input scales: input_scales=True belongs to NVFP4 activations")
         rows, n = num_experts + fused_shared_experts, (2 if gated else 1) * intermediate_size
-        self._register(layer, rows, gated, hidden_size, intermediate_size, bias, expert_map, dtype, device)
+        self._register(
+            layer, rows, fused_shared_experts, gated, hidden_size, intermediate_size, bias, expert_map, dtype, device
+        )
         for name, shape in (
             ("w13_weight", (rows, n, hidden_size)),
             ("w2_weight", (rows, hidden_size, intermediate_size)),

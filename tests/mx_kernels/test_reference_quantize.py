@@ -247,27 +247,19 @@ def test_global_scale():
     assert reference.compute_global_scale(torch.empty(2, 0, 16)).tolist() == [1, 1]
 
 
-def distributions(shape):
-    gauss = torch.randn(shape)
-    t3 = torch.randn(shape) / torch.sqrt(torch.distributions.Chi2(3.0).sample(shape) / 3)
-    outliers = torch.where(torch.rand(shape) < 0.002, gauss * 20, gauss)
-    return {"gauss": gauss.bfloat16(), "t3": t3.bfloat16(), "outlier": outliers.bfloat16()}
-
-
 def test_signal_to_noise_of_every_rule(golden):
-    """Against another program's figures on another sample: within 0.2 dB (heavy tails scatter more)."""
+    """Against another program's figures on another sample of the same distribution: within 0.1 dB."""
     want = json.loads((golden / "error_metrics.json").read_text())
-    tolerance = {"gauss": 0.2, "outlier": 0.2, "t3": 0.4}
     nvfp4 = {ScaleRule.AMAX: "std_448", ScaleRule.FOUR_OVER_SIX: "4o6_448", ScaleRule.SEARCH: "mse_448"}
-    for name, x in distributions((256, 4096)).items():
-        for f in FORMATS.values():
-            for rule in f.rules:
-                q = reference.quantize(x, f, rule=rule)
-                error = (reference.dequantize(q, torch.float32) - x.float()).double()
-                snr = 10 * math.log10(float(x.double().square().sum() / error.square().sum()))
-                row = want["nvfp4"][name] if f == NVFP4 else want["mx"][f"{f.element.name}.{name}"]
-                key = nvfp4[rule] if f == NVFP4 else "mse_search_floor_0_+1" if rule == "search" else rule
-                assert abs(snr - row[key]["snr_db"]) < tolerance[name], (f, rule, name, snr)
+    x = (torch.randn(256, 4096) * 0.02).bfloat16()  # the deviation matters: rules depend on where amax is in its binade
+    for f in FORMATS.values():
+        for rule in f.rules:
+            q = reference.quantize(x, f, rule=rule)
+            error = (reference.dequantize(q, torch.float32) - x.float()).double()
+            snr = 10 * math.log10(float(x.double().square().sum() / error.square().sum()))
+            row = want["nvfp4"]["gauss"] if f == NVFP4 else want["mx"][f"{f.element.name}.gauss"]
+            key = nvfp4[rule] if f == NVFP4 else "mse_search_floor_0_+1" if rule == "search" else rule
+            assert abs(snr - row[key]["snr_db"]) < 0.1, (f.name, rule, snr)
 
 
 def test_torchao():

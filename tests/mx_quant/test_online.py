@@ -218,11 +218,13 @@ def test_experts_outside_include_or_of_an_unknown_form_fail():
     unchanged(separate, ValueError, "neither an nn.Linear nor experts of a known form", experts=held)
 
 
-def test_convolutions_are_not_experts():
+def test_convolutions_and_embeddings_are_not_experts():
     model = Dense()
     model.conv = nn.Conv1d(4, 4, 3)
+    model.positions = nn.Parameter(torch.zeros(1, 8, 4))
     coverage = mq.quantize_model(model, "mxfp8")
-    assert {r.name: r.expert for r in coverage.rows}["conv.weight"] is False
+    experts = {r.name: r.expert for r in coverage.rows}
+    assert experts["conv.weight"] is experts["positions"] is False
 
 
 def test_all_that_does_not_fit_is_named_before_anything_is_replaced():

@@ -197,7 +197,7 @@ def _trouble(
             check_expert_sizes(form.num_experts, form.hidden_size, form.intermediate_size, format)
     except ValueError as e:
         yield str(e) if form is None else f"{name}: {e}"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
         yield f"{name} has forward hooks, which its replacement would not have: remove them first"
 
 
@@ -208,9 +208,10 @@ def _why_not(module: nn.Module) -> str:
 
 
 def _is_expert(name: str, module: nn.Module, tensor: Tensor) -> bool:
+    """Whether this is a weight of experts: by its name, or one matrix for each of several. Not a kernel, nor a [1, N, D] embedding."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return False
-    return "experts" in name.split(".") or tensor.ndim == 3
+    return "experts" in name.split(".") or (tensor.ndim == 3 and min(tensor.shape) > 1)
 
 
 def _join(module: str, name: str) -> str:

@@ -29,7 +29,7 @@ from .model_plan import FusedExperts, ModelPlan, plan_model
 from .scheme import Scheme, get_scheme
 from .shards import ShardReader
 
-DEFAULT_SKIP = ("lm_head", "*.router", "*.gate", "*.shared_expert_gate")
+DEFAULT_SKIP = ("lm_head", "*.router", "*.router.*", "*.gate", "*.shared_expert_gate")
 ExpertsFactory = Callable[[str, nn.Module, ExpertWeights], nn.Module]
 
 

@@ -238,3 +238,38 @@ def test_fused_source(family, source):
         assert set(a) == set(b)
         for n, t in a.items():
             assert torch.equal(t, b[n]) if t.ndim == 0 else torch.equal(t.view(torch.uint8), b[n].view(torch.uint8)), n
+
+
+@pytest.mark.parametrize("f", [mk.MXFP4, mk.MXFP6_E2M3, mk.MXFP6_E3M2], ids=str)
+def test_quark(f, source, tmp_path):
+    """transformers with amd-quark reads our Quark checkpoints (amd-quark 0.13 has no OCP MXFP8 weights)."""
+    pytest.importorskip("quark.torch")
+    config, tensors = source("qwen3")
+    quantized, out, dense = quantize(config, tensors, LAYOUTS["quark"], f)
+    modules = dict(load(tmp_path / "quark", quantized, out).named_modules())
+    names = [n.removesuffix("_scale") for n in out if n.endswith("weight_scale")]
+    assert len(names) == 14
+    for name in names:
+        module = modules[name.removesuffix(".weight")]
+        found = module.weight_quantizer(module.weight)
+        assert torch.equal(found.bfloat16(), dense[name]), name
+
+
+@pytest.mark.parametrize("f", [mk.NVFP4, mk.MXFP8], ids=str)
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "deepseek-v3"])
+def test_modelopt(f, family, source):
+    """ModelOpt's own tensor classes decode what we write as we do."""
+    qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
+    config, tensors = source(family)
+    _, out, dense = quantize(config, tensors, LAYOUTS["modelopt"], f, power_of_two=True)
+    names = [n.removesuffix("_scale") for n in out if n.endswith("weight_scale")]
+    assert len(names) > 14
+    for name in names:
+        data, scale = out[name], out[name + "_scale"]
+        if f is mk.MXFP8:
+            found = qtensor.MXFP8QTensor(data.shape, torch.bfloat16, data).dequantize(scale=scale)
+        else:
+            q = qtensor.NVFP4QTensor(torch.Size((data.shape[0], 2 * data.shape[1])), torch.float32, data)
+            double = out[name + "_scale_2"]
+            found = q.dequantize(torch.float32, scale=scale, double_scale=double, block_sizes={-1: 16})
+        assert torch.equal(found.bfloat16(), dense[name]), name

@@ -134,6 +134,18 @@ def test_quantize_dequantize_is_both(f):
         assert same(out, reference.quantize_dequantize(x, f, rule=rule))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_computed_global_scale_equals_the_reference(dtype):
+    x = torch.randn(2, 3, 4, 32).to(dtype)
+    x[0, 1] = 0
+    for part in (x, x[0, 0], x[0, 0, 0], x[:0], x[..., :0, :], x[:, :, ::2, :16]):
+        assert torch.equal(mk.compute_global_scale(part), reference.compute_global_scale(part))
+    x[1, 0, 2, 3], x[1, 1, 2, 3] = math.nan, -math.inf
+    g = mk.compute_global_scale(x)
+    assert torch.equal(g, reference.compute_global_scale(x))
+    assert bool(g.isfinite().all())
+
+
 def test_global_scales():
     x = torch.randn(3, 4, 5, 32)
     q = mk.quantize(x, NVFP4)

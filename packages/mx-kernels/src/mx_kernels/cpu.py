@@ -54,6 +54,22 @@ def _run(worker: Callable[[Iterator[slice]], None], blocks: int, block: int) -> 
         torch.set_num_threads(threads)
 
 
+def compute_global_scale(x: Tensor) -> Tensor:
+    """x [..., N, K] on the CPU -> float32 [...]: the reference's result from one pass over x, where that is finite."""
+    lead = x.shape[: max(0, x.ndim - 2)]
+    if x.numel() == 0:
+        return reference.compute_global_scale(x)
+    matrices = x.detach().flatten(0, -3) if x.ndim > 2 else x.detach()[None]
+    amax = torch.empty(len(matrices))
+    for i, matrix in enumerate(matrices):
+        low, high = torch.aminmax(matrix)
+        amax[i] = torch.maximum(-low, high)
+    if not bool((amax < torch.inf).all()):
+        return reference.compute_global_scale(x)
+    g: Tensor = reference.global_scale_of(amax)
+    return g.reshape(lead)
+
+
 def _per_block(global_scale: Tensor, lead: tuple[int, ...]) -> Tensor:
     """The global scale of every block [blocks, 1], or [] where one serves all; ``lead``: shape of the scales."""
     if global_scale.numel() == 1:

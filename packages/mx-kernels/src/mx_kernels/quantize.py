@@ -162,6 +162,11 @@ def _(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> tuple[T
     return cpu.quantize(x, format, rule, global_scale)
 
 
+@_compute_global_scale.register_kernel("cpu")
+def _(x: Tensor) -> Tensor:
+    return cpu.compute_global_scale(x)
+
+
 @_dequantize.register_kernel("cpu")
 def _(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
     return cpu.dequantize(data, scale, global_scale, format, dtype)
@@ -180,6 +185,10 @@ if has_triton():
     @_quantize_dequantize.register_kernel(("cuda", "xpu"))
     def _(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> Any:
         return _kernels().quantize_dequantize(x, format, rule, global_scale)
+
+    @_compute_global_scale.register_kernel(("cuda", "xpu"))
+    def _(x: Tensor) -> Any:
+        return _kernels().compute_global_scale(x)
 
 
 @_quantize.register_fake

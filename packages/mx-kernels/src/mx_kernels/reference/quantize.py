@@ -53,8 +53,13 @@ def compute_global_scale(x: Tensor) -> Tensor:
     magnitude = torch.where(magnitude < math.inf, magnitude, 0)
     if magnitude.numel() == 0:
         return torch.ones(x.shape[: max(0, x.ndim - 2)], dtype=torch.float32, device=x.device)
-    amax = magnitude.amax(dims).to(torch.float32)
-    return torch.where(amax > 0, (amax / 2688).clamp(min=GLOBAL_MIN), 1.0)
+    return global_scale_of(magnitude.amax(dims).to(torch.float32))
+
+
+def global_scale_of(amax: Tensor) -> Tensor:
+    """NVFP4's global scale of a matrix, or of several that share one, from its largest finite magnitude: float32 [...] -> [...]."""
+    # By a tensor: CUDA divides by a Python number as a product with its rounded reciprocal.
+    return torch.where(amax > 0, (amax / torch.full_like(amax, 2688.0)).clamp(min=GLOBAL_MIN), 1.0)
 
 
 def scale_rounding(element: Element, rule: ScaleRule) -> int:

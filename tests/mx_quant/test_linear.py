@@ -215,6 +215,60 @@ def test_compiles_without_graph_breaks(scheme):
     assert torch.equal(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("scheme", mq.SCHEMES)
+def test_a_layer_that_was_never_loaded_gives_nan(scheme):
+    layer = mq.MxLinear(64, 32, True, scheme)
+    assert torch.isnan(layer(torch.randn(2, 64).bfloat16())).all()
+
+
+def test_bad_inputs():
+    layer = mq.MxLinear.from_linear(source(), "w8a16")
+    for x, error, match in (
+        (torch.randn(2, 32), ValueError, "x has K = 32 and w has K = 64"),
+        (torch.randn(()), ValueError, r"x has shape \(\)"),
+        (torch.zeros(2, 64, dtype=torch.int32), TypeError, "x is torch.int32"),
+        (torch.randn(2, 64, device="meta"), ValueError, "move both to one device"),
+    ):
+        with pytest.raises(error, match=match):
+            layer(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", mq.SCHEMES)
+def test_gpu_is_the_cpu(scheme):
+    """Codes bit for bit; products to the rounding of bf16 (2^-8) and of sums in another order (64 * 2^-24 of the magnitudes)."""
+    device = "cuda" if torch.cuda.is_available() else "xpu"
+    linear = source()
+    want, got = mq.MxLinear.from_linear(linear, scheme), mq.MxLinear.from_linear(linear.to(device), scheme)
+    assert same(got.quantized.to("cpu"), want.quantized)
+    moved = mq.MxLinear.from_linear(linear.to("cpu"), scheme).to(device)
+    x = torch.randn(5, 64).bfloat16()
+    y, y_moved, expected = got(x.to(device)).cpu().double(), moved(x.to(device)).cpu().double(), want(x).double()
+    assert torch.equal(y, y_moved)
+    magnitudes = x.double().abs() @ mk.dequantize(want.quantized, torch.float32).double().abs().T
+    assert ((y - expected).abs() <= expected.abs() * 2.0**-7 + magnitudes * 2.0**-15).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8", "w4a16", "nvfp4_w4a16"])
+def test_a_captured_graph_sees_new_weights(scheme):
+    if not torch.cuda.is_available():
+        pytest.skip("CUDA graphs need a CUDA or ROCm device")
+    layer, x = mq.MxLinear.from_linear(source().cuda(), scheme), torch.randn(4, 64, device="cuda").bfloat16()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    new = source().cuda()
+    layer.update_weights(new.weight.detach(), new.bias.detach())
+    graph.replay()
+    assert torch.equal(y, mq.MxLinear.from_linear(new, scheme)(x))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     name=st.sampled_from(sorted(mk.FORMATS)),

@@ -34,7 +34,9 @@ def linear(
 
     ``input_scale``: float32 [] for NVFP4 activations, else from ``x`` itself. Raises what ``mx_kernels.gemm`` raises.
     """
-    operand = scheme.quantize_input(x if x.stride(-1) == 1 else x.contiguous(), input_scale)
+    if x.ndim and x.stride(-1) != 1:
+        x = x.contiguous()
+    operand = scheme.quantize_input(x, input_scale)
     return mk.gemm(operand, weight, epilogue=mk.Epilogue(bias=bias), out_dtype=x.dtype)  # type: ignore[return-value]
 
 

@@ -66,8 +66,8 @@ def test_quantize(aot, f, target):
 def test_quantize_variants(aot, target):
     checked(compile_quantize(aot, target, MXFP4, dtype="fp32", rows=True))
     checked(compile_quantize(aot, target, MXFP6_E3M2, dtype="fp16", rule=MXFP4.rules[-2]))
-    checked(compile_quantize(aot, target, NVFP4, many=1))
-    checked(compile_quantize(aot, target, NVFP4, dtype="fp32", many=2))
+    checked(compile_quantize(aot, target, NVFP4, many=1, rows=True))
+    checked(compile_quantize(aot, target, NVFP4, dtype="fp32", many=2, round_trip=True))
     checked(compile_quantize(aot, target, MXFP4, rows=True, pairs=False))
 
 
@@ -82,8 +82,8 @@ def test_quantize_uses_the_wide_instructions(aot, f):
 
 
 # SASS instructions of a program on sm_90, over the elements that one of its threads has: 17 to 19 per element keep up with
-# 4.3 TB/s of traffic at 1.75 to 2 GHz (132 SMs, four issue slots, 32 lanes). NVFP4 counts the branch that never runs too.
-BUDGET = {8: 9.5, 6: 17.0, 4: 15.0, "nvfp4": 31.0}
+# 4.3 TB/s of traffic at 1.75 to 2 GHz (132 SMs, four issue slots, 32 lanes).
+BUDGET = {8: 9.5, 6: 17.0, 4: 15.0, "nvfp4": 21.0}
 
 
 @pytest.mark.parametrize("f", FORMATS.values(), ids=str)
@@ -184,5 +184,7 @@ def test_combine(aot, target):
     signature = {"y": "*bf16", "ids": "*i32", "weights": "*fp32", "out": "*bf16", "experts": "i32", "H": "i32"}
     constants = {"TOP_K": 8, "HAS_MAP": False, "WEIGHTED": True, "COLUMNS": 1024, "expert_map": None, "num_global": 0}
     checked(
-        aot.compile_kernel(combine._combine_kernel, signature, constants, target, unaligned=("experts",), num_warps=4, **NO_FUSION)
+        aot.compile_kernel(
+            combine._combine_kernel, signature, constants, target, unaligned=("experts",), num_warps=4, **NO_FUSION
+        )
     )

@@ -108,6 +108,24 @@ def test_nvfp4_divides_as_the_reference_for_global_scales_of_every_size(dtype):
         assert torch.equal(data, reference.pack_codes(codes, NVFP4))
 
 
+def test_reciprocal_is_rounded_to_nearest_at_every_mantissa():
+    import triton
+    import triton.language as tl
+
+    reciprocal = kernels()._reciprocal
+
+    @triton.jit
+    def kernel(x, out, N: tl.constexpr):
+        i = tl.program_id(0) * N + tl.arange(0, N)
+        tl.store(out + i, reciprocal(tl.load(x + i)))
+
+    for exponent in (118, 127, 130, 136):  # divisors are scale * g and 6 * g with g in [1, 2)
+        x = (torch.arange(2**23, dtype=torch.int32) + (exponent << 23)).view(torch.float32)
+        out = torch.empty_like(x)
+        kernel[(2**13,)](x, out, N=1024)
+        assert torch.equal(out, (1 / x.double()).float())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("f", FORMATS.values(), ids=str)
 def test_dequantize_every_code_under_every_scale_byte(f, dtype):

@@ -68,7 +68,7 @@ def _activate_kernel(
     if ELEMENT == "":
         tl.store(out + start * B + (n[:, None] * B + b), v.to(out.dtype.element_ty), mask=live[:, None])
     else:
-        byte, factor, bad = _block_scale(v, 1.0, ELEMENT, RULE, True, FP8, False)
+        byte, factor, bad = _block_scale(v, 1.0, ELEMENT, RULE, True, ASM)
         tl.store(scale + start + n, byte.to(tl.uint8), mask=live)
         if ASM and element_bits(ELEMENT) < 8:
             factor = factor * word_factor(ELEMENT)

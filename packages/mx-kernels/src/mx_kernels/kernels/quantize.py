@@ -47,39 +47,43 @@ def _fp8(v, ELEMENT: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
-def _divided(a, d):
-    """a / d, rounded to nearest: the quotient by the reciprocal of the scalar d, corrected twice. For d in 2^-60 ... 2^60.
-
-    Above 2^9 only the order of magnitude is right, below 2^-20 the last place may not be; both are clamped afterwards.
-    """
-    inverse = tl.div_rn(1.0, d)
-    q = a * inverse
-    p = tl.fma(tl.fma(-q, d, a), inverse, q)
-    p = tl.fma(tl.fma(-p, d, a), inverse, p)
-    return tl.where(q < 512.0, p, q)
-
-
-@triton.jit
 def _reciprocal(x):
-    """1 / x, rounded to nearest, for x in 2^-100 ... 2^100: what NVIDIA's rcp.rn.f32 does there, without its branches."""
+    """1 / x, rounded to nearest, for x in 2^-100 ... 2^100: NVIDIA's rcp.rn.f32 without its range checks and branches."""
     y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return tl.fma(y, tl.fma(-x, y, 1.0), y)
 
 
 @triton.jit
-def _nvfp4_step(amax, global_scale, FP8: tl.constexpr, FAST: tl.constexpr):
-    """Block scale code [N] int32 of blocks that are finite and not zero, and the reciprocal of scale * global_scale."""
-    d = 6.0 * global_scale
-    ratio = _divided(amax, d) if FAST else tl.div_rn(amax, d)
-    code = _fp8(tl.minimum(tl.maximum(ratio, 0.001953125), 448.0), "e4m3", FP8).to(tl.int32)
-    step = decode(code, "e4m3") * global_scale
-    return code, _reciprocal(step) if FAST else tl.div_rn(1.0, step)
+def _nvfp4_scale(amax, g, ASM: tl.constexpr):
+    """E4M3 code of clamp(amax / (6 g), 2^-9, 448), int32, and 1 / (decode(code) * g), both divisions rounded to nearest.
+
+    ASM: without division's branches. A power of two taken from g to amax and back to the result changes no rounding and keeps
+    the divisors near 1; the quotient by the reciprocal is corrected twice (not where it is clamped: above 512 it may be Inf).
+    """
+    if ASM:
+        exponent = g.to(tl.int32, bitcast=True) & 0x7F800000
+        shift = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+        g = g * shift
+        a = amax * shift
+        d = 6.0 * g
+        inverse = _reciprocal(d)
+        quotient = a * inverse
+        ratio = tl.fma(tl.fma(-quotient, d, a), inverse, quotient)
+        ratio = tl.fma(tl.fma(-ratio, d, a), inverse, ratio)
+        ratio = tl.where(quotient < 512.0, ratio, quotient)
+    else:
+        ratio = tl.div_rn(amax, 6.0 * g)
+    ratio = tl.minimum(tl.maximum(ratio, 0.001953125), 448.0)
+    step = round_to(ratio, "e4m3") * g
+    if ASM:
+        factor = _reciprocal(step) * shift
+    else:
+        factor = tl.div_rn(1.0, step)
+    return encode(ratio, "e4m3"), factor
 
 
 @triton.jit
-def _block_scale(
-    x, g, ELEMENT: tl.constexpr, RULE: tl.constexpr, E8M0: tl.constexpr, FP8: tl.constexpr, FAST: tl.constexpr
-):
+def _block_scale(x, g, ELEMENT: tl.constexpr, RULE: tl.constexpr, E8M0: tl.constexpr, ASM: tl.constexpr):
     """x [N, B] float32 -> scale byte [N] int32, factor [N] that brings the block to the element's range, NaN blocks [N]."""
     bits = block_amax(x)
     bad = bits > 0x7F800000
@@ -87,11 +91,7 @@ def _block_scale(
         byte = e8m0_byte(bits, ELEMENT, RULE)
         return byte, e8m0_reciprocal(byte), bad
     else:
-        amax = bits.to(tl.float32, bitcast=True)
-        if FAST and (g > 8.7e-19) & (g < 1.1e18):
-            code, factor = _nvfp4_step(amax, g, FP8, True)
-        else:
-            code, factor = _nvfp4_step(amax, g, FP8, False)
+        code, factor = _nvfp4_scale(bits.to(tl.float32, bitcast=True), g, ASM)
         zero = bits == 0
         return tl.where(bad, 0x7F, tl.where(zero, 0, code)), tl.where(zero, 1.0, factor), bad
 
@@ -194,7 +194,7 @@ def _quantize_kernel(
             g = tl.load(global_scale + start // per_global)
         else:
             g = tl.load(global_scale + (start + n) // per_global, mask=live, other=1.0)
-    byte, factor, bad = _block_scale(v, g, ELEMENT, RULE, E8M0, FP8, ASM and GLOBALS < 2)
+    byte, factor, bad = _block_scale(v, g, ELEMENT, RULE, E8M0, ASM)
     if ROUND_TRIP:
         if E8M0:
             step = e8m0_value(byte)

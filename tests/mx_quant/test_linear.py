@@ -349,6 +349,17 @@ def test_online_weights_on_meta_are_quantized_as_they_come():
         method.load_weight(layer, linear.weight)
 
 
+@pytest.mark.parametrize("cls", [mq.Mxfp8OnlineLinearMethod, mq.Nvfp4OnlineLinearMethod])
+def test_methods_compile_without_graph_breaks(cls):
+    method, layer = cls(), nn.Module()
+    method.create_weights(layer, 64, 32, bias=True)
+    layer.load_state_dict(source().state_dict())
+    method.process_weights_after_loading(layer)
+    x = torch.randn(3, 64).bfloat16()
+    compiled = torch.compile(lambda t: method.apply(layer, t), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), method.apply(layer, x))
+
+
 def test_online_update_keeps_pointers():
     method, layer = mq.Nvfp4OnlineLinearMethod(), nn.Module()
     method.create_weights(layer, 64, 32, bias=True)

@@ -75,6 +75,26 @@ def test_transposed_views_are_read_as_they_are():
     assert same(mq.quantize_experts(**t, scheme="nvfp4"), mq.quantize_experts(**s, scheme="nvfp4"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_gpu_is_the_cpu(format):
+    """Bitwise, whether the source is there or the result is asked for there; and experts move in place there too."""
+    device = "cuda" if torch.cuda.is_available() else "xpu"
+    s = sources()
+    want = mq.quantize_experts(**s, scheme=format)
+    there = mq.quantize_experts(**{k: v.to(device) for k, v in s.items()}, scheme=format)
+    sent = mq.quantize_experts(**s, scheme=format, device=device)
+    assert there.device.type == sent.device.type == device
+    assert same(there.to("cpu"), want)
+    assert same(sent.to("cpu"), want)
+    pointers = [t.data_ptr() for _, t in there.named_tensors()]
+    there.permute_([2, 0, 1])
+    assert same(there.to("cpu"), want.permute([2, 0, 1]))
+    there.copy_(sent)
+    assert same(there.to("cpu"), want)
+    assert pointers == [t.data_ptr() for _, t in there.named_tensors()]
+
+
 def test_gate_and_up_share_one_global_scale_per_expert():
     s = sources()
     s["w13"][:, :32] *= torch.tensor([1.0, 8.0, 1.0]).view(3, 1, 1)

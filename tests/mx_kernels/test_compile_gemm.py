@@ -43,13 +43,15 @@ def compiled(aot, target, x, w, block=16, routing="sorted", activation=SILU, req
     compute = g.compute_mode(device, *("" if f is None else f.name for f in formats), kinds)
     options = dict(g.tile_config(compute, device.arch.vendor, kinds, block))
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    words = [compute != "native" or name.startswith("mxfp6") for name in (x, w)]  # codes are read as words or as bytes
+    stored = [POINTERS.get(name, "*i32" if word else "*u8") for name, word in zip((x, w), words, strict=True)]
     signature = {
-        "x": POINTERS.get(x, "*u8"),
+        "x": stored[0],
         "x_scale": "*u8",
         "x_global": "*fp32",
         "x_stride": "i32",
         "x_scale_stride": "i32",
-        "w": POINTERS.get(w, "*u8"),
+        "w": stored[1],
         "w_scale": "*u8",
         "w_global": "*fp32",
         "w_stride_e": "i32",
@@ -66,6 +68,7 @@ def compiled(aot, target, x, w, block=16, routing="sorted", activation=SILU, req
         "E": "i32",
         "N": "i32",
         "K": "i32",
+        "tiles_n": "i32",
         "bias": "*bf16",
         "bias_stride_e": "i32",
         "row_weight": "*fp32",
@@ -96,7 +99,7 @@ def compiled(aot, target, x, w, block=16, routing="sorted", activation=SILU, req
         "RULE": str(requantize.default_rule if requantize else ""),
         **options,
     }
-    odd = ("x_scale_stride", "w_scale_stride_e", "w_scale_stride_n", "top_k", "num_pairs", "E")
+    odd = ("x_scale_stride", "w_scale_stride_e", "w_scale_stride_n", "top_k", "num_pairs", "E", "tiles_n")
     return compute, aot.compile_kernel(g._gemm_kernel, signature, constexprs, target, unaligned=odd, **launch)
 
 

@@ -29,11 +29,13 @@ from torch import Tensor
 from ..device import Device
 from ..formats import get_format
 from .epilogue import activated, store_quantized
+from .launch import launch
 from .operands import (
     decoded,
     halves,
     load_scales,
     load_stored,
+    nan_codes,
     native_name,
     native_operand,
     native_scale,
@@ -63,6 +65,7 @@ def _mul_add(w, x, acc, WKIND: tl.constexpr, XKIND: tl.constexpr, COMPUTE: tl.co
 
 @triton.jit
 def _rows_of_block(
+    pid,
     sorted_ids,
     expert_ids,
     num_padded,
@@ -73,12 +76,11 @@ def _rows_of_block(
     BM: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """(expert or -1, pairs [BM], live [BM]) of this program.
+    """(expert or -1, pairs [BM], live [BM]) of row block ``pid``.
 
-    ROUTING "none": all rows in order, one weight. "sorted": block b of the alignment. "self": program b leads the block if
-    pair b is the first, or the BLOCK-th, 2 BLOCK-th .. after it, that goes to its expert, and collects those that follow.
+    ROUTING "none": all rows in order, one weight. "sorted": block b of the alignment. "self": block b leads if
+    pair b is the first, or the BM-th, 2 BM-th .. after it, that goes to its expert, and it collects those that follow.
     """
-    pid = tl.program_id(1)
     m = tl.arange(0, BM)
     if ROUTING == "none":
         pair = pid * BM + m
@@ -107,7 +109,7 @@ def _rows_of_block(
 
 @triton.jit
 def _gemm_kernel(
-    x,  # [M, ..]
+    x,  # [M, ..]: values, words of codes, or bytes of them where COMPUTE is "native" (but words for FP6)
     x_scale,
     x_global,
     x_stride,
@@ -129,6 +131,7 @@ def _gemm_kernel(
     E,
     N,
     K,
+    tiles_n,
     bias,
     bias_stride_e,
     row_weight,
@@ -158,11 +161,14 @@ def _gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    e, pair, live = _rows_of_block(sorted_ids, expert_ids, num_padded, num_pairs, E, ROUTING, BLOCK, BM, PAIRS)
+    pid = tl.program_id(0)
+    e, pair, live = _rows_of_block(
+        pid // tiles_n, sorted_ids, expert_ids, num_padded, num_pairs, E, ROUTING, BLOCK, BM, PAIRS
+    )
     if e < 0:
         return
     e = e.to(tl.int64) if ROUTING != "none" else tl.full((), 0, tl.int64)
-    pid_n = tl.program_id(0)
+    pid_n = pid % tiles_n
     r = tl.arange(0, BN)
     if GATED:
         I = N // 2
@@ -179,22 +185,30 @@ def _gemm_kernel(
     xp = x + (row * x_stride)[:, None]
     wp = w + (e * w_stride_e + n.to(tl.int64) * w_stride_n)[:, None]
     MASK_K: tl.constexpr = not EVEN_K
+    NATIVE: tl.constexpr = COMPUTE == "native"
     if XB > 0:
         xsp = x_scale + (row * x_scale_stride)[:, None]
     if WB > 0:
         wsp = w_scale + (e * w_scale_stride_e + n.to(tl.int64) * w_scale_stride_n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
+    # A word with a NaN code makes its whole row NaN, which is what its product is: cheaper than a test of each value.
+    X_NAN: tl.constexpr = XKIND == "e4m3" and not NATIVE
+    W_NAN: tl.constexpr = WKIND == "e4m3" and not NATIVE
+    if X_NAN:
+        x_bad = tl.zeros((BM, BK // 4), tl.int32)
+    if W_NAN:
+        w_bad = tl.zeros((BN, BK // 4), tl.int32)
     tl.assume(K > 0)  # else ptxas serializes wgmma (C7515), since the loop might not run
     for k in range(0, K, BK):
-        xt = load_stored(xp, live, k, K, XKIND, BK, True, MASK_K)
-        wt = load_stored(wp, inside, k, K, WKIND, BK, False, MASK_K)
+        xt = load_stored(xp, live, k, K, XKIND, NATIVE, BK, True, MASK_K)
+        wt = load_stored(wp, inside, k, K, WKIND, NATIVE, BK, False, MASK_K)
         xs = None
         ws = None
         if XB > 0:
             xs = load_scales(xsp, live, k, K, XB, BK, True, MASK_K)
         if WB > 0:
             ws = load_scales(wsp, inside, k, K, WB, BK, False, MASK_K)
-        if COMPUTE == "native":
+        if NATIVE:
             acc = tl.dot_scaled(
                 native_operand(wt, WKIND),
                 native_scale(ws, WB),
@@ -208,7 +222,15 @@ def _gemm_kernel(
             wv = decoded(wt, ws, WKIND, WB, COMPUTE == "fp32")
             xv = decoded(xt, xs, XKIND, XB, COMPUTE == "fp32")
             acc = _mul_add(wv, xv, acc, WKIND, XKIND, COMPUTE)
+            if X_NAN:
+                x_bad |= nan_codes(xt, XKIND)
+            if W_NAN:
+                w_bad |= nan_codes(wt, WKIND)
 
+    if X_NAN:
+        acc = tl.where((tl.max((x_bad != 0).to(tl.int32), 1) > 0)[None, :], float("nan"), acc)
+    if W_NAN:
+        acc = tl.where((tl.max((w_bad != 0).to(tl.int32), 1) > 0)[:, None], float("nan"), acc)
     if X_GLOBAL == "row":
         g = tl.load(x_global + row, mask=live, other=0.0)
         if W_GLOBAL == "one":
@@ -246,6 +268,15 @@ def _gemm_kernel(
         tl.store(p, tl.trans(o).to(out.dtype.element_ty), mask=live[:, None] & (c < I)[None, :])
     else:
         store_quantized(tl.trans(o), out, out_scale, at, live, pid_n * C, I, ELEMENT, RULE, 32)
+
+
+def _units(t: Tensor, kind: str, native: bool) -> Tensor:
+    """An operand in the units that the kernel loads: codes as 32-bit words, but as bytes for ``tl.dot_scaled``."""
+    if t.dtype != torch.uint8 or (native and kind not in ("e2m3", "e3m2")):
+        return t
+    if t.data_ptr() % 4 or any(stride % 4 for stride in t.stride()[:-1]):
+        t = t.clone(memory_format=torch.contiguous_format)  # an odd offset into someone's buffer: words need alignment
+    return t.view(torch.int32)
 
 
 _KERNEL_RULES = ("floor", "ceil", "even", "rceil")  # the others try several scales: quantized by a second launch
@@ -354,7 +385,13 @@ def _launch(
             programs = expert_ids.shape[0] * max(1, block // bm)
         if programs:
             per_row = x_global is not None and x_global.ndim > 0
-            _gemm_kernel[(triton.cdiv(width, bn // 2 if gated else bn), programs)](
+            tiles_n = triton.cdiv(width, bn // 2 if gated else bn)
+            native = compute == "native"
+            x, w = _units(x, x_kind, native), _units(w, w_kind, native)
+            launch(
+                _gemm_kernel,
+                (tiles_n * programs,),
+                x.device,
                 x,
                 x_scale,
                 x_global,
@@ -377,6 +414,7 @@ def _launch(
                 num_experts,
                 n,
                 k,
+                tiles_n,
                 bias,
                 bias.stride(0) if bias is not None else 0,
                 row_weight,

@@ -3,8 +3,10 @@
 A tile is [R, BK]: R rows of x or of w, BK values along K. KIND is what a value is stored as: an element's name ("e4m3" ..
 "e2m1") or "bf16", "fp16", "fp32". B is the length of a scale's block (32: E8M0 scales, 16: E4M3), 0 for plain tensors.
 
-Every code times its block scale is a bf16 (at most 6 significant bits), so decoding to bf16 is exact; only values finer than
-bf16's smallest subnormal, 2^-133, which E8M0 bytes 0 to 5 alone can reach, are rounded.
+Codes are read as 32-bit words and spread over two bf16 patterns at a time: a code's fields land on a bf16's, and a product
+with a power of two makes up for the difference of the biases. Every code times its block scale is a bf16 (at most 6
+significant bits), so this is exact; only values finer than bf16's smallest subnormal, 2^-133, which E8M0 bytes 0 to 9 alone
+can reach, are rounded.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import decode, decode_factor, e8m0_value, element_bits, mantissa_bits
+from .bits import decode, decode_factor, e8m0_value, mantissa_bits
 
 PLAIN = ("bf16", "fp16", "fp32")
 
@@ -23,9 +25,18 @@ def is_plain(kind):
 
 
 @triton.constexpr_function
-def per_unit(kind):
-    """Values in one storage unit: four FP6 in three bytes, two FP4 in a byte, else one."""
-    return {"e2m3": 4, "e3m2": 4, "e2m1": 2}.get(kind, 1)
+def is_fp6(kind):
+    return kind in ("e2m3", "e3m2")
+
+
+@triton.constexpr_function
+def per_unit(kind, native):
+    """Values in one loaded unit: a plain value, a word of codes (16 FP6 in three), or a byte of them where native."""
+    if kind in PLAIN:
+        return 1
+    if kind in ("e2m3", "e3m2"):
+        return 16
+    return {True: 2, False: 8}[native] if kind == "e2m1" else {True: 1, False: 4}[native]
 
 
 @triton.jit
@@ -42,24 +53,36 @@ def _load(p, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
 
 
 @triton.jit
-def load_stored(p, rows, k, K, KIND: tl.constexpr, BK: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_K: tl.constexpr):
-    """Values k .. k + BK - 1 of the rows at p [R, 1], as stored: [R, BK], or [R, BK / 2] bytes of two FP4 codes.
+def load_stored(
+    p,
+    rows,
+    k,
+    K,
+    KIND: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_K: tl.constexpr,
+):
+    """Values k .. k + BK - 1 of the rows at p [R, 1], as ``per_unit`` says: [R, BK / PER].
 
-    FP6 comes unpacked, [R, BK] codes: its three-byte units have no tile of their own.
+    FP6 comes as bf16 patterns, [R, BK]: its three words for 16 values have no tile of their own.
     """
-    PER: tl.constexpr = per_unit(KIND)
+    PER: tl.constexpr = per_unit(KIND, NATIVE)
     unit = k // PER + tl.arange(0, BK // PER)
     inside = unit < K // PER
-    if PER == 4:
+    if is_fp6(KIND):
         q = p + unit[None, :] * 3
-        b0 = _load(q, rows, inside, MASK_ROWS, MASK_K).to(tl.uint16)
-        b1 = _load(q + 1, rows, inside, MASK_ROWS, MASK_K).to(tl.uint16)
-        b2 = _load(q + 2, rows, inside, MASK_ROWS, MASK_K).to(tl.uint16)
-        c0 = b0 & 63
-        c1 = (b0 >> 6) | ((b1 & 15) << 2)
-        c2 = (b1 >> 4) | ((b2 & 3) << 4)
-        c3 = b2 >> 2
-        return tl.join(tl.join(c0, c2), tl.join(c1, c3)).reshape(p.shape[0], BK)
+        w0 = _load(q, rows, inside, MASK_ROWS, MASK_K).to(tl.uint32, bitcast=True)
+        w1 = _load(q + 1, rows, inside, MASK_ROWS, MASK_K).to(tl.uint32, bitcast=True)
+        w2 = _load(q + 2, rows, inside, MASK_ROWS, MASK_K).to(tl.uint32, bitcast=True)
+        g0 = _four_fp6(w0, KIND)
+        g1 = _four_fp6((w0 >> 24) | (w1 << 8), KIND)
+        g2 = _four_fp6((w1 >> 16) | (w2 << 16), KIND)
+        g3 = _four_fp6(w2 >> 8, KIND)
+        # [.., value, a, b] with group 2 a + b -> [.., a, b, value]
+        groups = tl.permute(tl.join(tl.join(g0, g2), tl.join(g1, g3)), (0, 1, 3, 4, 2))
+        return groups.reshape(p.shape[0], BK)
     else:
         return _load(p + unit[None, :], rows, inside, MASK_ROWS, MASK_K)
 
@@ -72,39 +95,89 @@ def load_scales(p, rows, k, K, B: tl.constexpr, BK: tl.constexpr, MASK_ROWS: tl.
 
 
 @triton.jit
-def codes_of(stored, KIND: tl.constexpr):
-    """One code a value: FP4 bytes [R, C] -> [R, 2 C], low nibble first; others are codes already."""
-    if KIND == "e2m1":
-        return tl.join(stored & 15, stored >> 4).reshape(stored.shape[0], 2 * stored.shape[1])
-    else:
-        return stored
+def _low(pair):
+    return (pair & 0xFFFF).to(tl.uint16)
 
 
 @triton.jit
-def bf16_of(code, KIND: tl.constexpr):
-    """The bf16 values of codes: their fields land on a bf16's, a product with a power of two makes up for the biases."""
-    BITS: tl.constexpr = element_bits(KIND)
-    MAG: tl.constexpr = (1 << (BITS - 1)) - 1
-    c = code.to(tl.uint16)
-    mag = c & MAG
-    bits = (mag << (7 - mantissa_bits(KIND))) | ((c & (MAG + 1)) << (16 - BITS))
+def _high(pair):
+    return (pair >> 16).to(tl.uint16)
+
+
+@triton.jit
+def _four_fp6(g, KIND: tl.constexpr):
+    """The patterns of the four codes in the low 24 bits: [R, C] -> [R, C, 4]."""
+    M: tl.constexpr = mantissa_bits(KIND)
+    MAG: tl.constexpr = 31 << (7 - M)
+    p0 = ((g << 10) & 0x8000) | ((g << (7 - M)) & MAG)
+    p1 = ((g << 4) & 0x8000) | ((g << 1 >> M) & MAG)
+    p2 = ((g >> 2) & 0x8000) | ((g >> (5 + M)) & MAG)
+    p3 = ((g >> 8) & 0x8000) | ((g >> (11 + M)) & MAG)
+    a = tl.join(p0.to(tl.uint16), p2.to(tl.uint16))
+    b = tl.join(p1.to(tl.uint16), p3.to(tl.uint16))
+    return tl.join(a, b).reshape(g.shape[0], g.shape[1], 4)
+
+
+@triton.jit
+def patterns(stored, KIND: tl.constexpr):
+    """uint16 bf16 patterns [R, BK] of the values over 2^(127 - bias); NaN and Inf codes as if they were numbers."""
+    if is_fp6(KIND):
+        return stored
+    else:
+        q = stored.to(tl.uint32, bitcast=True)
+        R: tl.constexpr = q.shape[0]
+        C: tl.constexpr = q.shape[1]
+        if KIND == "e2m1":
+            q0 = ((q << 12) & 0x80008000) | ((q << 6) & 0x01C001C0)
+            q1 = ((q << 8) & 0x80008000) | ((q << 2) & 0x01C001C0)
+            q2 = ((q << 4) & 0x80008000) | ((q >> 2) & 0x01C001C0)
+            q3 = (q & 0x80008000) | ((q >> 6) & 0x01C001C0)
+            low = tl.join(tl.join(_low(q0), _low(q2)), tl.join(_low(q1), _low(q3)))
+            high = tl.join(tl.join(_high(q0), _high(q2)), tl.join(_high(q1), _high(q3)))
+            return tl.permute(tl.join(low, high), (0, 1, 4, 2, 3)).reshape(R, 8 * C)
+        else:
+            M: tl.constexpr = mantissa_bits(KIND)
+            MAG: tl.constexpr = 0x007F007F << (7 - M)
+            even = ((q << 8) & 0x80008000) | ((q << (7 - M)) & MAG)
+            odd = (q & 0x80008000) | ((q >> (1 + M)) & MAG)
+            low = tl.join(_low(even), _low(odd))
+            return tl.permute(tl.join(low, tl.join(_high(even), _high(odd))), (0, 1, 3, 2)).reshape(R, 4 * C)
+
+
+@triton.jit
+def nan_codes(stored, KIND: tl.constexpr):
+    """Bits set in the words of E4M3 codes that hold a NaN (0x7F or 0xFF)."""
+    q = stored.to(tl.uint32, bitcast=True)
+    return (((q & 0x7F7F7F7F) + 0x01010101) & 0x80808080).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _bf16(bits, KIND: tl.constexpr):
     v = bits.to(tl.bfloat16, bitcast=True) * tl.full((), decode_factor(KIND), tl.bfloat16)
-    if KIND == "e4m3":
-        nan = tl.full((), 0x7FC0, tl.uint16).to(tl.bfloat16, bitcast=True)
-        v = tl.where(mag == 0x7F, nan, v)
     if KIND == "e5m2":
-        special = (0x7F80 | ((mag & 3) << 5) | ((c & 0x80) << 8)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        v = tl.where(mag >= 0x7C, special, v)
+        infinite = (bits & 0x0F80) == 0x0F80  # Inf and NaN keep their mantissa and get bf16's largest exponent
+        v = tl.where(infinite, (bits | 0x7F80).to(tl.bfloat16, bitcast=True), v)
     return v
 
 
 @triton.jit
-def bf16_scale(byte, B: tl.constexpr):
+def _fp32(bits, KIND: tl.constexpr):
+    v = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True) * decode_factor(KIND)
+    if KIND == "e5m2":
+        infinite = ((bits.to(tl.uint32) | 0x7F80) << 16).to(tl.float32, bitcast=True)
+        v = tl.where((bits & 0x0F80) == 0x0F80, infinite, v)
+    return v
+
+
+@triton.jit
+def _bf16_scale(byte, B: tl.constexpr):
     """The bf16 values of scale bytes: E8M0 (B 32; byte 0 is subnormal, 255 NaN) or E4M3 (B 16)."""
+    b = byte.to(tl.uint16)
     if B == 16:
-        return bf16_of(byte, "e4m3")
+        bits = ((b & 0x80) << 8) | ((b & 0x7F) << 4)
+        v = _bf16(bits, "e4m3")
+        return tl.where((b & 0x7F) == 0x7F, tl.full((), 0x7FC0, tl.uint16).to(tl.bfloat16, bitcast=True), v)
     else:
-        b = byte.to(tl.uint16)
         bits = tl.where(b == 0, 0x40, tl.where(b == 255, 0x7FC0, b << 7)).to(tl.uint16)
         return bits.to(tl.bfloat16, bitcast=True)
 
@@ -131,16 +204,16 @@ def decoded(stored, scales, KIND: tl.constexpr, B: tl.constexpr, FP32: tl.conste
             s = decode(s, "e4m3")
         else:
             s = e8m0_value(s)
-        return _times_scale(decode(codes_of(stored, KIND).to(tl.int32), KIND), s, B)
+        return _times_scale(_fp32(patterns(stored, KIND), KIND), s, B)
     else:
-        return _times_scale(bf16_of(codes_of(stored, KIND), KIND), bf16_scale(scales, B), B)
+        return _times_scale(_bf16(patterns(stored, KIND), KIND), _bf16_scale(scales, B), B)
 
 
 @triton.jit
 def native_operand(stored, KIND: tl.constexpr):
     """The tile as ``tl.dot_scaled`` takes it: FP8 and FP4 as they are; FP6 as E4M3, which holds each of its values."""
-    if per_unit(KIND) == 4:
-        return bf16_of(stored, KIND).to(tl.float32).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    if is_fp6(KIND):
+        return _bf16(stored, KIND).to(tl.float32).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         return stored
 

@@ -243,6 +243,15 @@ def test_permute(order, format):
     assert same(w, before)
 
 
+def test_writing_in_place_leaves_the_sources_alone():
+    s = sources()
+    before = {k: v.clone() for k, v in s.items()}
+    w = mq.quantize_experts(**s, scheme="mxfp8")
+    w.permute_([1, 2, 0])
+    w.copy_(quantized("mxfp8"))
+    assert all(torch.equal(before[k], v) for k, v in s.items())
+
+
 def test_permute_with_redundant_experts():
     w = quantized(e=3)
     new = w.permute([0, 2, 2, 1])

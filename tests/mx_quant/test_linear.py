@@ -133,10 +133,10 @@ def test_from_linear_leaves_the_source_alone():
     before = copy.deepcopy(linear.state_dict())
     layer = mq.MxLinear.from_linear(linear, "w4a4")
     layer(torch.randn(2, 64).bfloat16())
+    layer.update_weights(torch.randn(32, 64), torch.randn(32))
     assert all(torch.equal(before[k], v) for k, v in linear.state_dict().items())
     assert linear.bias.requires_grad
     assert not layer.bias.requires_grad
-    assert layer.bias.data_ptr() == linear.bias.data_ptr()
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

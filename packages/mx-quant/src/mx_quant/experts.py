@@ -348,7 +348,8 @@ def quantize_experts(
         builder.put(e, "down", w2[e].detach(), name=f"{name}.w2[{e}]")
     if w13_bias is not None:
         w13_bias = deinterleave(w13_bias.detach(), 1) if layout == "interleaved" else w13_bias.detach()
-    biases = (None if b is None else b.detach().to(where) for b in (w13_bias, w2_bias))
+    # copies: these weights can be written in place later, and what was given must not change then
+    biases = (None if b is None else b.detach().to(where, copy=True) for b in (w13_bias, w2_bias))
     return builder.build(*biases)
 
 

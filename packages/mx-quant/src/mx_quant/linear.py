@@ -77,7 +77,7 @@ class MxLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.scheme = Scheme(weight.format, scheme.activation, weight.rule)
         self.dtype = weight.dtype
-        # shares the memory, not the Parameter: the source may want gradients, this layer has none to give
+        # not the Parameter itself: it may want gradients, and this layer has none to give
         own = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", own)
         storage.attach(self, "weight", weight)
@@ -93,14 +93,14 @@ class MxLinear(nn.Module):
         name: str = "weight",
         global_scale: Tensor | None = None,
     ) -> MxLinear:
-        """Quantize an ``nn.Linear``; its bias is shared, not copied, and ``name`` is what errors call its weight.
+        """Quantize an ``nn.Linear``; its bias is copied. ``name`` is what errors call its weight.
 
         ``global_scale``: float32 [] that NVFP4 weights share (``joint_global_scale``). Raises TypeError for a dtype that is
         not bf16, fp16 or fp32, ValueError for K that does not fit the format and for weights that are not finite.
         """
         scheme = get_scheme(scheme)
         q = quantize_finite(name, source.weight.detach(), scheme.weight, rule=scheme.rule, global_scale=global_scale)
-        return cls.from_quantized(q, source.bias, scheme.activation)
+        return cls.from_quantized(q, None if source.bias is None else source.bias.detach().clone(), scheme.activation)
 
     @classmethod
     def from_quantized(

@@ -25,6 +25,7 @@ from mx_quant import Scheme
 
 from .integrations.loading import load_quantized
 from .integrations.transformers import ExpertsReport, quantize_experts_, scheme_of
+from .oracle import EXPERT_CLASSES
 
 WINDOW = 512
 STORED = "stored"
@@ -156,7 +157,9 @@ def evaluate(
     if window < 1:
         raise ValueError(f"window is {window}, needs at least one prediction")
     if format != STORED:
-        scheme_of(format)  # a wrong name fails before the model is loaded
+        scheme_of(format)  # wrong names fail before the model is loaded
+    if backend not in ("auto", *EXPERT_CLASSES):
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(('auto', *EXPERT_CLASSES))}")
     config = read_config(checkpoint)
     if format != STORED and "quantization_config" in config:
         raise ValueError(

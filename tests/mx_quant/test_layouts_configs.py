@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import traceback
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import mx_kernels as mk
 from mx_quant import layouts
@@ -283,3 +286,63 @@ def test_gpt_oss_shapes(shape, message):
     layout, configs, infos = stored("gpt-oss", mk.MXFP4)
     with pytest.raises(ValueError, match=message):
         layout.refs(configs, infos | {EXPERTS + "_blocks": TensorInfo(torch.uint8, shape)})
+
+
+def paths(tree, prefix=()):
+    """Every path of keys into nested objects."""
+    for key, value in tree.items():
+        yield (*prefix, key)
+        if isinstance(value, dict):
+            yield from paths(value, (*prefix, key))
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 40), st.floats(allow_nan=False), st.text(max_size=5), st.just({}), st.just([]),
+    st.lists(st.one_of(st.text(max_size=4), st.integers(), st.just([])), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.one_of(st.integers(), st.text(max_size=4), st.just({})), max_size=2),
+    st.sampled_from(["mxfp8", "NVFP4", "re:.*", "*", "mixed-precision", "MIXED_PRECISION", "Linear", [[1, 32]], "fp4", 32, 16]),
+)  # fmt: skip
+DTYPES = st.sampled_from(
+    [torch.uint8, torch.int8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32, torch.bfloat16]
+)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_fuzz(name, data):
+    """Whatever a config and a header say, there are references or a ValueError or TypeError of ours; nothing else escapes."""
+    f = data.draw(st.sampled_from(LAYOUTS[name].formats))
+    layout, configs, infos = stored(name, f)
+    configs, infos = copy.deepcopy(configs), dict(infos)
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(
+            st.sampled_from(sorted((p for p in paths(configs) if len(p) > 1), key=str) or [("config.json", "x")])
+        )
+        target = configs
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = data.draw(VALUES)
+    if data.draw(st.booleans()):
+        victim = data.draw(st.sampled_from(sorted(infos)))
+        shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 16, 32, 33, 64, 2**40]), max_size=4))
+        new = data.draw(
+            st.sampled_from([victim, "x", "experts.gate_up_proj", "a.experts.0.w1.weight", "weight", ".weight"])
+        )
+        infos[new] = TensorInfo(data.draw(DTYPES), tuple(shape))
+    error = None
+    try:
+        layouts.detect_layout(configs, infos)
+        refs = layout.refs(configs, infos)
+    except (ValueError, TypeError) as e:
+        error = e
+    if error is not None:
+        assert "layouts" in traceback.extract_tb(error.__traceback__)[-1].filename, (
+            error
+        )  # ours, not an accident inside torch
+        return
+    for ref in refs:
+        assert ref.format in layout.formats
+        for tensor, info in layout.plan(ref).items():
+            assert tensor in ref.tensors
+            assert len(info.shape) < 2 or tuple(infos[tensor].shape) == info.shape

@@ -67,9 +67,9 @@ def family_of(config: Mapping[str, Any], names: Iterable[str] = ()) -> Family:
     An unknown ``model_type`` gets the default naming (gate_proj, up_proj, down_proj), w1/w3/w2 where the names say so.
     """
     text = config.get("text_config")
-    types = {config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None}
+    types = (config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None)
     for family in FAMILIES.values():
-        if types & set(family.model_types):
+        if any(t in family.model_types for t in types):
             return family
     w1 = False
     for name in names:

@@ -74,12 +74,12 @@ def stored_ref(tensor: str, info: Any, format: Format, names: Names, family: Fam
     """The reference of a quantized weight from its data tensor. ValueError for a shape no weight has."""
     shape = tuple(info.shape)
     head, _, last = tensor.rpartition(".")
-    if last == names.data and len(shape) == 2:
+    if head and last == names.data and len(shape) == 2:
         name = f"{head}.weight"
         kind = EXPERT if classify(name).kind == EXPERT else LINEAR
         return WeightRef(name, kind, (shape[0], _unpacked(shape[1], format)), format)
     for param in FUSED_PARAMS:
-        if last == names.fused(param, names.data) and len(shape) == 3:
+        if head and last == names.fused(param, names.data) and len(shape) == 3:
             interleaved, transposed = stored_as(f"{head}.{param}", family)
             e, n, k = (shape[0], shape[2], shape[1]) if transposed and names.transposes else shape
             canonical = (e, n, _unpacked(k, format))

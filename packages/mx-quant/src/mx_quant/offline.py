@@ -202,10 +202,10 @@ def _layout_for(format: Format, layout: Layout | str | None) -> Layout:
         return next((row for row in fitting if row.name == "mxfp8"), fitting[0])
     row = get_layout(layout) if isinstance(layout, str) else layout
     if format not in row.formats:
-        fitting = [r.name for r in LAYOUTS.values() if format in r.formats]
+        names = [r.name for r in LAYOUTS.values() if format in r.formats]
         raise ValueError(
             f"layout {row.name} holds {', '.join(f.name for f in row.formats)}, not {format}; {format} goes into "
-            f"{', '.join(fitting) or 'none'}"
+            f"{', '.join(names) or 'none'}"
         )
     return row
 

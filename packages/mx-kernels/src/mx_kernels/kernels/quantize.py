@@ -129,7 +129,7 @@ def _store_codes(
             w1 = ((q1 >> 8) & 0xFFFF) | (q2 << 16)
             w2 = ((q2 >> 16) & 0xFF) | (q3 << 8)
             j = tl.arange(0, 4)[None, None, :]
-            triple = tl.where(j == 0, w0[:, :, None], tl.where(j == 1, w1[:, :, None], w2[:, :, None]))
+            triple = tl.join(tl.join(w0, w2), tl.join(w1, w2)).reshape(N, B // 16, 4)
             data = data.to(tl.pointer_type(tl.int32)) + start * 6
             at = n[:, :, None] * 6 + tl.arange(0, B // 16)[None, :, None] * 3 + j
             tl.store(data + at, triple, mask=live[:, None, None] & (j < 3))

@@ -201,14 +201,10 @@ def test_sign_symmetry(x, case):
 @given(st.lists(values, min_size=32, max_size=32), st.sampled_from([c for c in CASES if c[0] != NVFP4]))
 @settings(max_examples=60, deadline=None)
 def test_idempotent(x, case):
-    """A dequantized block quantizes to itself, except where FLOOR or EVEN saturated or CEIL left room above amax."""
+    """A dequantized block quantizes to itself: its scale can only become finer, on a grid that holds the coarser one."""
     f, rule = case
     once = mk.quantize_dequantize(torch.tensor(x), f, rule=rule)
-    twice = mk.quantize_dequantize(once, f, rule=rule)
-    if rule in (ScaleRule.RCEIL, ScaleRule.CEIL, ScaleRule.FLOOR):
-        assert torch.equal(twice, once)
-    error = lambda y: (y - torch.tensor(x)).abs().max()  # noqa: E731
-    assert error(twice) <= 2 * error(once) + 1e-30
+    assert torch.equal(mk.quantize_dequantize(once, f, rule=rule), once)
 
 
 @given(st.lists(values, min_size=32, max_size=32), st.sampled_from([c for c in CASES if c[0] != NVFP4]))

@@ -3,7 +3,7 @@
 A chunk of blocks gets its scales from the largest float32 pattern of each block, as an integer, and then its codes from
 v = x * reciprocal(scale) in float32:
 
-- FP8: torch's cast, after a clamp (v is exact, and the cast rounds to nearest even).
+- FP8: torch's cast, after a clamp where the rule lets amax saturate (v is exact, and the cast rounds to nearest even).
 - E2M1: |v| has spacing 1/2 up to 2, 1 up to 4, 2 up to 6. Adding 2^23 u rounds to spacing u and leaves the multiple of u in
   the last bits: three sums give rne(2v), rne(v) + 2 and rne(v / 2) + 4, and the smallest of them is the code.
 - FP6 codes, scale searches and blocks with Inf or NaN: the reference itself.
@@ -112,6 +112,7 @@ class _Work:
     def __init__(self, f: Format, rule: ScaleRule, blocks: int) -> None:
         self.f = f
         self.rounding = reference.scale_rounding(f.element, rule) if f.scale == "e8m0" else 0
+        self.saturates = rule not in (ScaleRule.CEIL, ScaleRule.RCEIL)
         self.values, self.magnitudes = torch.empty((2, blocks, f.block))
         self.amax = torch.empty((blocks, 1), dtype=torch.int32)
         if f.element == E2M1:
@@ -133,7 +134,10 @@ class _Work:
         if element == E2M1:
             self._e2m1(v, a.mul_(reciprocal).clamp_(max=E2M1.max), out)
         elif element.dtype is not None:
-            out.view(element.dtype).copy_(v.mul_(reciprocal).clamp_(-element.max, element.max))
+            v.mul_(reciprocal)
+            if self.saturates:
+                v.clamp_(-element.max, element.max)
+            out.view(element.dtype).copy_(v)
         else:
             out.copy_(reference.pack_codes(reference.encode(v.mul_(reciprocal), element), self.f))
         return True

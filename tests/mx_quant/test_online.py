@@ -454,6 +454,31 @@ def test_missing_and_unexpected(tmp_path):
     refused(tmp_path, less, ValueError, r"1 tensors that Model needs: layers\.0\.experts\.down_proj")
 
 
+def test_contradictory_experts(tmp_path):
+    state = Model().bfloat16().state_dict()
+    single = apart(state)
+    name = "layers.0.experts.down_proj"
+    refused(
+        tmp_path,
+        single | {name: state[name].clone()},
+        ValueError,
+        rf"holds {name} both whole and as .*experts\.\d\.down_proj",
+    )
+    name = "layers.0.experts.1.down_proj.weight"
+    refused(
+        tmp_path,
+        single | {name.replace("down_proj", "w2"): single[name]},
+        ValueError,
+        "one weight twice, as .* and as ",
+    )
+    both = {"layers.0.experts.1.gate_up_proj.weight": torch.zeros(2 * I, H)}
+    refused(tmp_path, single | both, ValueError, r"one weight twice, as .*gate_up_proj\.weight and as ")
+    bias = {"layers.0.experts.1.down_proj.bias": torch.zeros(H)}
+    refused(
+        tmp_path, single | bias, ValueError, r"1 tensors that Model does not: layers\.0\.experts\.1\.down_proj\.bias"
+    )
+
+
 def test_shapes_and_dtypes(tmp_path):
     state = Model().bfloat16().state_dict()
     name = "layers.0.q_proj.weight"

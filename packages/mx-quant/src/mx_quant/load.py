@@ -90,7 +90,7 @@ class Loader:
                 module, _, last = candidate.rpartition(".")
                 sources = self.fused_sources.get(module)
                 if sources is not None and last in sources.form.names:
-                    sources.whole[last] = name
+                    _once(sources.whole, last, name)
                 else:
                     self.on_disk.setdefault(self.ties[candidate][0], []).append(name)
                 return True
@@ -101,7 +101,10 @@ class Loader:
                 continue
             if role.part not in (("gate", "up", "gate_up", "down") if sources.form.gated else ("up", "down")):
                 continue
-            (sources.biases if role.kind == "expert_bias" else sources.weights)[role.expert, role.part] = name
+            bias = role.kind == "expert_bias"
+            if bias and (sources.form.down_bias if role.part == "down" else sources.form.up_bias) is None:
+                continue
+            _once(sources.biases if bias else sources.weights, (role.expert, role.part), name)
             return True
         return False
 
@@ -119,16 +122,24 @@ class Loader:
                 (f.up_bias, s.biases),
                 (f.down_bias, s.biases),
             ):
-                if param is None or param in s.whole or f"{module}.{param}" in self.quantized:
+                if param is None:
+                    continue
+                parts = _parts(param, f)
+                single = [n for (_, part), n in found.items() if part in parts or (part == "gate_up" and "up" in parts)]
+                if param in s.whole or f"{module}.{param}" in self.quantized:
+                    if single:
+                        raise ValueError(
+                            f"the checkpoint holds {module}.{param} both whole and as {single[0]}: which is right?"
+                        )
                     continue
                 lost = [
                     f"{module}.{e}.{part}"
                     for e in range(f.num_experts)
-                    for part in _parts(param, f)
+                    for part in parts
                     if (e, part) not in found and not (part != "down" and (e, "gate_up") in found)
                 ]
                 # nothing of this parameter is there one by one: it is the parameter that is missing
-                missing += lost if len(lost) < f.num_experts * len(_parts(param, f)) else [f"{module}.{param}"]
+                missing += lost if len(lost) < f.num_experts * len(parts) else [f"{module}.{param}"]
         return missing
 
     def _needed(self, name: str) -> bool:
@@ -147,7 +158,11 @@ class Loader:
                 tensor: Tensor = getattr(owner, param)
                 self._check(file, tuple(tensor.shape), tensor.dtype)
             h, i = f.hidden_size, f.intermediate_size
-            for (_, part), file in s.weights.items():
+            for (e, part), file in s.weights.items():
+                if part == "gate_up" and (other := s.weights.get((e, "gate")) or s.weights.get((e, "up"))):
+                    raise ValueError(
+                        f"the checkpoint holds one weight twice, as {file} and as {other}: which is right?"
+                    )
                 self._check(file, {"down": (h, i), "gate_up": (2 * i, h)}.get(part, (i, h)), torch.bfloat16)
             for (_, part), file in s.biases.items():
                 self._check(file, ({"down": h, "gate_up": 2 * i}.get(part, i),), torch.bfloat16)
@@ -280,6 +295,12 @@ def model_names(name: str, rename: Callable[[str], str] | None) -> tuple[str, ..
     """What a tensor of a checkpoint may be called in a model: renamed, and Mixtral's and MiniMax's MoE block under its name there."""
     found = rename(name) if rename is not None else name
     return tuple(dict.fromkeys((found, found.replace(".block_sparse_moe.", ".mlp."))))
+
+
+def _once(found: dict[Any, str], key: Any, name: str) -> None:
+    if key in found:
+        raise ValueError(f"the checkpoint holds one weight twice, as {found[key]} and as {name}: which is right?")
+    found[key] = name
 
 
 def _form(module: Any) -> FusedExperts | None:

@@ -319,6 +319,19 @@ def test_config_lists_what_stays():
     assert configs["config.json"]["quantization_config"]["ignored_layers"] == ["lm_head", "model.layers.0.mlp.gate"]
 
 
+def test_config_lists_fused_experts_that_stay():
+    p = "model.layers.{}.mlp.experts.{}"
+    ref = WeightRef("model.layers.0.self_attn.q_proj.weight", "linear", (I, H), mk.MXFP8)
+    plain = {
+        p.format(i, n): TensorInfo(torch.bfloat16, (E, H, 2 * I)) for i in (0, 1) for n in ("gate_up_proj", "down_proj")
+    }
+    config = LAYOUTS["mxfp8"].config({"config.json": {}}, [ref], plain)["config.json"]["quantization_config"]
+    assert config["ignored_layers"] == ["lm_head", "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    fused = WeightRef(p.format(0, "gate_up_proj"), "fused_expert", (E, 2 * I, H), mk.MXFP8)
+    config = LAYOUTS["mxfp8"].config({"config.json": {}}, [ref, fused], plain)["config.json"]["quantization_config"]
+    assert config["ignored_layers"] == ["lm_head", "model.layers.1.mlp.experts"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 0x7F7FFFFF))
 def test_divisor_survives(bits):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -258,9 +259,24 @@ def test_activations(name, layout):
         with pytest.raises(ValueError, match="no quantized activations"):
             layout.config({"config.json": {}}, [ref], layout.plan(ref), activations=True)
         return
-    without = layout.config({"config.json": {}}, [ref], layout.plan(ref))
-    configs = layout.config({"config.json": {}}, [ref], layout.plan(ref), activations=True)
-    assert (configs == without) == (name.startswith("mxfp8"))  # which always quantizes activations, dynamically
+    for f in layout.activations:
+        bare = replace(ref, format=f)
+        full = replace(bare, input_scale="x") if f is mk.NVFP4 else bare
+        without = layout.config({"config.json": {}}, [bare], layout.plan(bare))
+        configs = layout.config({"config.json": {}}, [full], layout.plan(full), activations=True)
+        always = name.startswith("mxfp8") or (
+            name == "modelopt" and f is mk.MXFP8
+        )  # activations are quantized dynamically
+        assert (configs == without) == always
+        (again,) = layout.refs(configs, layout.plan(full))
+        assert again.activation is (mk.MXFP8 if f is mk.MXFP6_E2M3 and name == "compressed-tensors" else f)
+        (again,) = layout.refs(without, layout.plan(bare))
+        assert again.activation is (f if always else None)
+        if f is mk.NVFP4:
+            with pytest.raises(ValueError, match=r"activations=True, but .* has no input_scale"):
+                layout.config({"config.json": {}}, [bare], layout.plan(bare), activations=True)
+            with pytest.raises(ValueError, match=r"activations=False, but .* has an input_scale"):
+                layout.config({"config.json": {}}, [full], layout.plan(full))
 
 
 def test_fused_write_keeps_other_configs():

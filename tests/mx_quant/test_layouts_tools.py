@@ -35,6 +35,16 @@ CASES = {
     "quark-mxfp6e3m2": ("quark", mk.MXFP6_E3M2, 7, False),
 }
 
+ACTIVATIONS = {
+    "compressed-tensors-mxfp6a8": mk.MXFP8,
+    "compressed-tensors-mxfp8": mk.MXFP8,
+    "compressed-tensors-nvfp4": mk.NVFP4,
+    "modelopt-mxfp8-qwen3-moe": mk.MXFP8,
+    "modelopt-nvfp4-gpt-oss": mk.NVFP4,
+    "modelopt-nvfp4-mixtral": mk.NVFP4,
+    "modelopt-nvfp4-qwen3-moe": mk.NVFP4,
+}
+
 
 def load(name):
     folder = ROOT / name
@@ -103,13 +113,14 @@ def test_reads_as_the_tool_does(name):
         assert ((ours - x * s).abs() <= (x * s).abs() * (2**-22 if f.has_global_scale else 0)).all()
         scale = layout.read_input_scale(ref, getter(tensors))
         assert (scale is not None) == activations
+        assert ref.activation is ACTIVATIONS.get(name)
         for tensor in ref.tensors:
             assert tensor in tensors
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case[1] is mk.NVFP4])
 def test_globals_are_multipliers(name):
-    """Global scales as amax / 2688 of the weights: FORMATS, section 3. gate and up, and q, k and v, share one in ModelOpt."""
+    """Global scales as amax / 2688 of the weights. gate and up, and q, k and v, share one in ModelOpt."""
     layout_name = CASES[name][0]
     configs, tensors, expected = load(name)
     layout = LAYOUTS[layout_name]

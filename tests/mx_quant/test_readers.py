@@ -2,7 +2,7 @@
 
 Tiny random models of each family are quantized and written in a layout, then loaded by transformers, which dequantizes on a CPU; the
 same weights dequantized by us and stored in bf16 are loaded beside them. Every parameter must be equal. Which reader can read what:
-FORMATS section 5 (transformers 5.23); what they cannot read is read by compressed-tensors' own decompressors.
+docs/layouts.md; what they cannot read is read by compressed-tensors' own decompressors.
 """
 
 from __future__ import annotations

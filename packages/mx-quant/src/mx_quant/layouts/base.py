@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mx_kernels import Format, QuantizedTensor, ScaleRule
+from mx_kernels import NVFP4, Format, QuantizedTensor, ScaleRule
 
 from .families import FUSED_BIAS, FUSED_EXPERT, classify
 
@@ -57,6 +57,7 @@ class WeightRef:
     kind: "linear" or "expert" [N, K], "fused_expert" [E, N, K]; "expert_bias" [N] and "fused_bias" [E, N] where listed.
     shape: the canonical shape, whatever the layout's own is. format: None is full precision.
     tensors: names of the stored tensors it occupies. rule: the scale rule the config states, else the format's default.
+    activation: the format that activations are quantized to, where the config says so.
     input_scale: the stored tensor with the NVFP4 global scale of the activations, if any.
     interleaved: stored rows of gate_up alternate gate, up. transposed: the family stores fused parameters [E, K, N]; in full
         precision always, quantized only where the layout does (ModelOpt NVFP4).
@@ -68,6 +69,7 @@ class WeightRef:
     format: Format | None = None
     tensors: tuple[str, ...] = ()
     rule: ScaleRule | None = None
+    activation: Format | None = None
     input_scale: str | None = None
     interleaved: bool = False
     transposed: bool = False
@@ -200,9 +202,14 @@ def check_global(name: str, g: Tensor, data: Tensor | None = None) -> None:
     )
 
 
-def scale_bytes(scale: Tensor, format: Format) -> Tensor:
-    """A stored block scale as QuantizedTensor holds it (float8_e8m0fnu becomes its bytes)."""
-    return scale.view(torch.uint8) if format.scale == "e8m0" else scale
+def check_input_scales(refs: Sequence[WeightRef], activations: bool) -> None:
+    """Raise ValueError where a config would say of NVFP4 activations what the stored input scales contradict."""
+    for ref in refs:
+        if ref.format is NVFP4 and activations != (ref.input_scale is not None):
+            raise ValueError(
+                f"activations={activations}, but {ref.name} has {'an' if ref.input_scale else 'no'} input_scale: NVFP4 activations "
+                f"need one for every weight, and weights alone (W4A16) have none"
+            )
 
 
 def quantization_config(configs: Configs) -> Mapping[str, Any]:
@@ -270,16 +277,23 @@ def with_quantization(configs: Configs, quantization: Mapping[str, Any]) -> dict
 def unquantized_modules(refs: Sequence[WeightRef], infos: Infos) -> list[str]:
     """Modules with a matrix weight that stay in full precision, without embeddings and norms; always decides on "lm_head".
 
-    These are what readers must be told not to expect quantized. ``infos`` may hold full-precision or output tensors.
+    These are what readers must be told not to expect quantized. Fused experts are listed by what holds them ("..mlp.experts").
+    ``infos`` may hold full-precision or output tensors.
     """
     quantized = {r.module for r in refs}
+    holders = {classify(r.name).experts for r in refs}
     owned = {t for r in refs for t in r.tensors}
     out = []
     for name, info in infos.items():
-        if not name.endswith(".weight") or len(info.shape) < 2 or name in owned:
+        if name in owned or len(info.shape) < 2:
+            continue
+        role = classify(name)
+        if role.kind == FUSED_EXPERT and role.experts not in holders:
+            out.append(role.experts)
+        if not name.endswith(".weight"):
             continue
         module = name.removesuffix(".weight")
-        if module in quantized or classify(name).kind in ("embedding", "norm"):
+        if module in quantized or role.kind in ("embedding", "norm"):
             continue
         out.append(module)
     if not any(m.endswith("lm_head") or m == "unembedding" for m in (*out, *quantized)):

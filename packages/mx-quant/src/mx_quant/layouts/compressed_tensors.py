@@ -14,7 +14,7 @@ and for NVFP4 with quantized activations ``input_global_scale`` float32 [1], a d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mx_kernels import MXFP4, MXFP6_E2M3, MXFP8, NVFP4, Format
@@ -23,6 +23,7 @@ from .base import (
     Configs,
     Infos,
     WeightRef,
+    check_input_scales,
     check_unclaimed,
     matcher,
     names_list,
@@ -50,6 +51,7 @@ _FORMATS: dict[str, Format] = {
     "nvfp4-pack-quantized": NVFP4,
 }
 _NAMES = {f.name: name for name, f in _FORMATS.items()}
+_ACTIVATIONS = {MXFP6_E2M3.name: MXFP8}  # the preset MXFP6A8; every other format goes with activations of its own kind
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,15 @@ class _Group:
     targets: tuple[str, ...]
     named: Callable[[str], bool]
     format: Format
-    activations: bool  # under a stored global scale
+    activation: Format | None
 
 
 def _arguments(format: Format, *, inputs: bool) -> dict[str, Any]:
     """The weights (or input_activations) entry of a group; MX activations are quantized dynamically, NVFP4's locally."""
     nv = format is NVFP4
     scale = "torch.float8_e4m3fn" if nv else "torch.uint8"
-    # MXFP6 weights run with MXFP8 activations: no hardware multiplies two MXFP6 operands in these engines
-    bits = 8 if inputs and format is MXFP6_E2M3 else format.element.bits
     return {
-        "num_bits": bits,
+        "num_bits": (_ACTIVATIONS.get(format.name, format) if inputs else format).element.bits,
         "type": "float",
         "strategy": "tensor_group" if nv else "group",
         "group_size": format.block,
@@ -97,12 +97,14 @@ def _group(name: str, found: Any, default: str | None) -> _Group:
         require(f"weights.{field}", weights.get(field), [want, None] if optional else [want], f"{where} ({stored})")
     require("weights.dynamic", weights.get("dynamic", False), [False, None], where)
     inputs = found.get("input_activations")
-    activations = False
-    if isinstance(inputs, Mapping) and format is NVFP4:
-        require("input_activations.num_bits", inputs.get("num_bits"), [4], where)
-        require("input_activations.dynamic", inputs.get("dynamic"), ["local", False], where)
-        activations = True
-    return _Group(name, targets, matcher(targets, shell=False), format, activations)
+    activation = None
+    if isinstance(inputs, Mapping):
+        if format is NVFP4:
+            require("input_activations.num_bits", inputs.get("num_bits"), [4], where)
+            require("input_activations.dynamic", inputs.get("dynamic"), ["local", False], where)
+        stated = [inputs.get(field) for field in ("type", "num_bits", "group_size")]
+        activation = next((f for f in _FORMATS.values() if stated == ["float", f.element.bits, f.block]), None)
+    return _Group(name, targets, matcher(targets, shell=False), format, activation)
 
 
 def _group_of(module: str, groups: Sequence[_Group]) -> _Group:
@@ -153,8 +155,8 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
             raise ValueError(f"{module} is in {_WHERE}.ignore, but is stored quantized ({tensor}, {scale})")
         if not is_data(tensor, names):
             raise ValueError(f"{tensor} is stored, but {why} stores codes as {names.data}")
-        ref = stored_ref(tensor, info, group.format, names, family)
-        out.append(check_stored(ref, infos, names, why, activations=group.activations))
+        ref = replace(stored_ref(tensor, info, group.format, names, family), activation=group.activation)
+        out.append(check_stored(ref, infos, names, why))
     if not out:
         raise ValueError(
             f"{_WHERE}.quant_method is 'compressed-tensors', but no weight has a weight_scale: nothing is quantized"
@@ -165,6 +167,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
 def _config(
     configs: Configs, refs: Sequence[WeightRef], infos: Infos, *, activations: bool = False
 ) -> dict[str, dict[str, Any]]:
+    check_input_scales(refs, activations)
     formats = list(dict.fromkeys(r.format for r in refs if r.format is not None))
     groups = {}
     for i, f in enumerate(formats):

@@ -6,7 +6,7 @@ transformers' names (``gpt-oss``) and OpenAI's (``gpt-oss-original``), L the lay
     model.layers.L.mlp.experts.down_proj_{blocks,scales,bias}         block.L.mlp.mlp2_weight.{blocks,scales}, block.L.mlp.mlp2_bias
 
 blocks uint8 [E, 2I, H/32, 16] and [E, H, I/32, 16] (two codes a byte, low nibble first), scales uint8 [E, 2I, H/32] and [E, H, I/32].
-Only fused experts can be stored; everything else stays in full precision. Source: the published checkpoints and FORMATS section 5.
+Only fused experts can be stored; everything else stays in full precision. Source: the published checkpoints.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         if found is None:
             continue
         shape = tuple(infos[name].shape)
-        if len(shape) != 4 or shape[3] != 16:
+        if len(shape) != 4 or shape[3] != 16 or 0 in shape:
             raise ValueError(
                 f"{name} has shape {shape}, needs [E, N, K/32, 16]: MXFP4 blocks hold 32 codes in 16 bytes"
             )

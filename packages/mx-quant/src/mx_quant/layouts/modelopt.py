@@ -14,6 +14,7 @@ MIXED_PRECISION with ``quantized_layers``. Source: nvidia-modelopt 0.47.0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .base import (
     Configs,
     Infos,
     WeightRef,
+    check_input_scales,
     check_unclaimed,
     matcher,
     names_list,
@@ -48,11 +50,11 @@ _TABLE = {
     NVFP4.name: Names("weight", "weight_scale", "weight_scale_2", "input_scale", fused=_fused, transposes=True),
     MXFP8.name: Names("weight", "weight_scale", fused=_fused, transposes=True),
 }
-# quant_algo -> format, and whether activations are quantized under a stored scale
-_ALGORITHMS: dict[str, tuple[Format, bool]] = {
-    "NVFP4": (NVFP4, True),
-    "W4A16_NVFP4": (NVFP4, False),
-    "MXFP8": (MXFP8, False),
+# quant_algo -> format of weights, of activations
+_ALGORITHMS: dict[str, tuple[Format, Format | None]] = {
+    "NVFP4": (NVFP4, NVFP4),
+    "W4A16_NVFP4": (NVFP4, None),
+    "MXFP8": (MXFP8, MXFP8),
 }
 
 
@@ -68,11 +70,11 @@ def _detect(configs: Configs, infos: Infos) -> bool:
     return method in _METHODS or (method is None and bool(_hf(configs)))
 
 
-def _algorithm(where: str, algorithm: Any, group_size: Any) -> tuple[Format, bool]:
+def _algorithm(where: str, algorithm: Any, group_size: Any) -> tuple[Format, Format | None]:
     require("quant_algo", algorithm, list(_ALGORITHMS), where)
-    format, activations = _ALGORITHMS[str(algorithm)]
+    format, activation = _ALGORITHMS[str(algorithm)]
     require("group_size", group_size, [format.block, None], f"{where} ({algorithm})")
-    return format, activations
+    return format, activation
 
 
 def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
@@ -109,17 +111,17 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
                     f"{module} is stored quantized ({info.dtype}), but {where}.quantized_layers does not list it"
                 )
             here = f"{where}.quantized_layers.{module}"
-            format, activations = _algorithm(here, layer.get("quant_algo"), layer.get("group_size"))
+            format, activation = _algorithm(here, layer.get("quant_algo"), layer.get("group_size"))
             why = f"{format} by {here}"
         else:
-            format, activations = _ALGORITHMS[str(algorithm)]
+            format, activation = _ALGORITHMS[str(algorithm)]
             why = f"{format} by {where}.quant_algo"
         names = _TABLE[format.name]
-        ref = stored_ref(tensor, info, format, names, family)
+        ref = replace(stored_ref(tensor, info, format, names, family), activation=activation)
         reason = _why_not(ref)
         if reason is not None:
             raise ValueError(f"{tensor} {list(info.shape)} cannot be read: {reason}")
-        out.append(check_stored(ref, infos, names, why, activations=activations))
+        out.append(check_stored(ref, infos, names, why))
     if not out:
         raise ValueError(
             f"{where}.quant_algo is {algorithm!r}, but no weight is uint8 or float8_e4m3fn: nothing is quantized"
@@ -144,6 +146,7 @@ def _config(
             return "NVFP4" if activations else "W4A16_NVFP4"
         return "MXFP8"
 
+    check_input_scales(refs, activations)
     formats = list(dict.fromkeys(r.format for r in refs if r.format is not None))
     ignore = unquantized_modules(refs, infos)
     producer = {"name": "modelopt", "version": "0.47.0"}

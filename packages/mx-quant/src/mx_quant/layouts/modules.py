@@ -96,13 +96,13 @@ def _unpacked(width: int, format: Format) -> int:
     return width * 8 // format.element.bits
 
 
-def check_stored(ref: WeightRef, infos: Infos, names: Names, why: str, *, activations: bool = False) -> WeightRef:
+def check_stored(ref: WeightRef, infos: Infos, names: Names, why: str) -> WeightRef:
     """``ref`` with the names of its tensors, after checking that all are stored with the right dtypes and shapes.
 
-    ``activations``: the config says that activations are quantized under a stored global scale, so it must be there.
+    Where its activations are quantized under a stored global scale, that must be there too.
     """
     f = _format(ref)
-    if activations and names.input_scale is not None:
+    if ref.activation is not None and ref.activation.has_global_scale and names.input_scale is not None:
         ref = replace(ref, input_scale=names.of(ref.name, names.input_scale))
     k = ref.shape[-1]
     if k <= 0 or k % f.block:

@@ -2,12 +2,14 @@
 
 ``weight`` float8_e4m3fn [N, K] and ``weight_scale_inv`` uint8 [N, K/32], which is the multiplier in spite of its name (layout ``mxfp8``:
 transformers, SGLang), or ``weight_scale`` (layout ``mxfp8-weight-scale``: vLLM). Fused experts ``gate_up_proj`` [E, 2I, H] have
-``gate_up_proj_scale_inv``. config.json: ``weight_block_size [1, 32]``, ``scale_fmt "ue8m0"``, ``ignored_layers``.
+``gate_up_proj_scale_inv``. config.json: ``weight_block_size [1, 32]``, ``scale_fmt "ue8m0"``, ``ignored_layers``; activations are always
+MXFP8 where hardware has it ("dynamic").
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +59,7 @@ def _refs(names: Names, configs: Configs, infos: Infos) -> list[WeightRef]:
     family = family_of(configs.get("config.json", {}), infos)
     why = f"MXFP8 by {_WHERE}.quant_method"
     out = [
-        check_stored(stored_ref(tensor, info, MXFP8, names, family), infos, names, why)
+        check_stored(replace(stored_ref(tensor, info, MXFP8, names, family), activation=MXFP8), infos, names, why)
         for tensor, info in infos.items()
         if info.dtype == torch.float8_e4m3fn
     ]

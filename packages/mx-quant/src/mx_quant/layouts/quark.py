@@ -8,6 +8,7 @@ it by name pattern, ``exclude`` lists what stays in full precision. Source: amd-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mx_kernels import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, MXFP8_E5M2, Format, ScaleRule
@@ -53,6 +54,10 @@ def _weight_config(found: Any, where: str) -> tuple[Format, ScaleRule]:
     return _DTYPES[str(found["dtype"])], _RULES[str(mode)]
 
 
+def _is_mx(found: Any) -> bool:
+    return isinstance(found, Mapping) and found.get("dtype") in list(_DTYPES) and found.get("scale_format") == "e8m0"
+
+
 def _detect(configs: Configs, infos: Infos) -> bool:
     return quantization_config(configs).get("quant_method") == "quark"
 
@@ -89,7 +94,9 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
         names = _TABLE[format.name]
         why = f"{_NAME[format.name]} by {where}.weight.dtype"
         ref = stored_ref(tensor, info, format, names, family)
-        ref = WeightRef(ref.name, ref.kind, ref.shape, format, rule=rule)
+        inputs = found.get("input_tensors") if isinstance(found, Mapping) else None
+        activation = _weight_config(inputs, f"{where}.input_tensors")[0] if _is_mx(inputs) else None
+        ref = replace(ref, rule=rule, activation=activation)
         out.append(check_stored(ref, infos, names, why))
     if not out:
         raise ValueError(f"{_WHERE}.quant_method is 'quark', but no weight is uint8 or float8: nothing is quantized")

@@ -163,6 +163,7 @@ def _split(ref: WeightRef, family: Family) -> list[Target]:
                 (stop - start,) if bias else (stop - start, ref.shape[2]),
                 ref.format,
                 rule=ref.rule,
+                activation=ref.activation,
                 input_scale=ref.input_scale,
             )
             out.append(Target(target, ((Piece(ref.name, e, start, stop),),)))
@@ -210,6 +211,7 @@ def _join(experts: str, kind: str, found: dict[tuple[int, str], WeightRef], fami
             (count, len(members) * n, *k),
             refs[0].format,
             rule=refs[0].rule,
+            activation=refs[0].activation,
             input_scale=refs[0].input_scale,
             interleaved=interleaved,
             transposed=transposed and not bias,

@@ -53,8 +53,8 @@ from .writer import ShardWriter
 
 _BUNDLE = 12 << 20  # bytes of source in a worker's buffer: large enough to make calls cheap, small enough for caches
 _SMALLEST = 1 << 20
-_WORKING_SET = 14  # bytes that quantizing takes at most, in units of the bytes in the buffer
-_MARGIN = 48 << 20  # allocator slack and what imports that come late add
+_WORKING_SET = 4  # what quantizing takes beside the buffer, in its size: codes and scales, and experts made canonical
+_MARGIN = 64 << 20  # allocators, threads' caches of mx_kernels, headers
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def quantize_checkpoint(
         summary = replace(job.summary, src=str(src_path), out=str(out_path), dry_run=dry_run)
         if dry_run:
             return summary
+        mk.quantize(torch.zeros(1, f.block), f)  # what PyTorch imports at the first call belongs to the process
         limit, workers = _fit(parse_bytes(max_memory), jobs, job)
 
         def write(writer: ShardWriter) -> None:

@@ -43,7 +43,7 @@ class Staging:
 
     fingerprint: what the output depends on; a partial output is continued only where it is equal. witness: what must not
     have changed between two runs of one job besides (times of the source files). resume: continue a partial output, or find
-    a complete one. overwrite: replace an output that is there, discard a partial one.
+    a complete one. overwrite: replace an output that is there, discard a partial one (that ``resume`` cannot continue).
 
     ``complete`` says that ``out`` is already what the fingerprint asks for; ``finished`` maps finished shards to the CRC-32
     of their tensors. Raises ValueError where the place is taken, another run is at work, or there is something else to continue.
@@ -125,20 +125,20 @@ class Staging:
         if taken and (not self._overwrite or not self.out.is_dir() or self.out.is_symlink()):
             raise ValueError(f"{self.out} exists and is not empty: choose another output, or overwrite it")
         journal = self._read_journal()
-        if journal and not self._overwrite:
+        if journal and resume and journal[0] == self._start:
+            self.finished = {line["shard"]: line["crc"] for line in journal[1:]}
+        elif journal and not self._overwrite:
             if not resume:
                 raise ValueError(
                     f"an unfinished run left {self.path}: continue it with resume, or overwrite to discard it"
                 )
-            if journal[0] != self._start:
-                theirs = {**journal[0].get("fingerprint", {}), **journal[0].get("witness", {})}
-                ours = {**self._start["fingerprint"], **self._start["witness"]}
-                differ = [k for k in ours if theirs.get(k) != ours[k]] or ["its journal"]
-                raise ValueError(
-                    f"the unfinished run in {self.path} was for something else ({', '.join(differ)} differ): "
-                    f"repeat its options, or overwrite to discard it"
-                )
-            self.finished = {line["shard"]: line["crc"] for line in journal[1:]}
+            theirs = {**journal[0].get("fingerprint", {}), **journal[0].get("witness", {})}
+            ours = {**self._start["fingerprint"], **self._start["witness"]}
+            differ = [k for k in ours if theirs.get(k) != ours[k]] or ["its journal"]
+            raise ValueError(
+                f"the unfinished run in {self.path} was for something else ({', '.join(differ)} differ): "
+                f"repeat its options on the same source, or overwrite to discard it"
+            )
         elif self.path.exists():
             shutil.rmtree(self.path)
 

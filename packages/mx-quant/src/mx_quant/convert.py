@@ -172,7 +172,7 @@ def convert_checkpoint(
         named = [replace(t.ref, tensors=tuple(to.plan(t.ref))) for t in targets]
         base = {n: _without_quantization(c) for n, c in ck.configs.items() if n == "config.json"}
         infos = {s.name: TensorInfo(s.dtype, s.shape) for s in specs}
-        activations = any(r.input_scale is not None for r in refs)
+        activations = bool(to.activations) and any(r.activation is not None for r in refs)
         configs = {**base, **to.config(base, named, infos, activations=activations)}
         provenance = {"format": str(refs[0].format), "rule": str(refs[0].rule or ""), **_origin(ck), "layout": to.name}
         output = plan_output(ck.reader, specs, configs, provenance, {}, parse_bytes(max_shard_size))

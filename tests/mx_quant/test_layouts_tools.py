@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import mx_kernels as mk
+import mx_quant as mq
 from mx_quant import layouts
 from mx_quant.layouts import LAYOUTS
 
@@ -174,3 +176,49 @@ def test_modelopt_fused_mxfp8_is_refused():
     config = {"quant_method": "modelopt", "quant_algo": "MXFP8"}
     with pytest.raises(ValueError, match=r"gate_up_proj.*blocks along N, not K"):
         LAYOUTS["modelopt"].refs({"config.json": {"model_type": "gpt_oss", "quantization_config": config}}, infos)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("compressed-tensors-mxfp4a16", ["quark", "compressed-tensors"]),
+        ("compressed-tensors-mxfp6a8", ["quark", "compressed-tensors"]),
+        ("compressed-tensors-mxfp8", ["mxfp8", "quark", "modelopt", "mxfp8-weight-scale", "compressed-tensors"]),
+        ("compressed-tensors-nvfp4", ["modelopt", "compressed-tensors"]),
+        ("modelopt-mxfp8-qwen3-moe", ["compressed-tensors", "mxfp8", "modelopt"]),
+        ("modelopt-nvfp4-gpt-oss", ["compressed-tensors"]),
+        ("modelopt-nvfp4-mixtral", ["compressed-tensors", "modelopt"]),
+    ],
+)
+def test_converted_checkpoint(name, way, tmp_path):
+    """A tool's checkpoint, converted by files from layout to layout: the same weights and activations in the last one."""
+    configs, tensors, _ = load(name)
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / name, source, ignore=shutil.ignore_patterns("expected.safetensors"))
+    layout = layouts.detect_layout(configs, tensors)
+    want = {r.name: (r, layout.read(r, getter(tensors))) for r in layout.refs(configs, tensors)}
+    for i, step in enumerate(way):
+        out = tmp_path / f"{i}-{step}"
+        mq.convert_checkpoint(source, out, layout=step)
+        source = out
+    configs = {
+        n: json.loads((source / n).read_text())
+        for n in ("config.json", "hf_quant_config.json")
+        if (source / n).exists()
+    }
+    stored = load_file(source / "model.safetensors")
+    last = layouts.detect_layout(configs, stored)
+    assert last.name == way[-1]
+    refs = {r.name: r for r in last.refs(configs, stored)}
+    grouping = None if set(refs) == set(want) else layouts.FUSED
+    family = layouts.family_of(configs["config.json"], stored)
+    found = layouts.regroup(list(refs.values()), grouping, family)
+    assert {t.ref.name for t in found} == set(want)
+    for t in found:
+        ref, before = want[t.ref.name]
+        after = layouts.assemble(t, lambda n, e: last.read(refs[n], getter(stored), expert=e))
+        assert torch.equal(after.data.view(torch.uint8), before.data.view(torch.uint8))
+        assert torch.equal(after.scale.view(torch.uint8), before.scale.view(torch.uint8))
+        assert t.ref.activation is ref.activation
+        if before.global_scale is not None:  # a multiplier that no divisor gives back moves by one rounding
+            torch.testing.assert_close(after.global_scale, before.global_scale, rtol=2**-23, atol=0)

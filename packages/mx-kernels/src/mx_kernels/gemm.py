@@ -75,6 +75,7 @@ def _gemm(
         whole_operand(w, w_scale, w_global, w_format),
         epilogue=whole_epilogue(bias, (act, act_layout, gated, alpha, beta, limit), row_weight, requantize, rule),
         out_dtype=out_dtype,
+        decoder=dequantize,
     )
     data, scale = flat_result(result)
     return (data, scale) if data.ndim == 2 else (data.squeeze(1), scale.squeeze(1) if scale.ndim == 3 else scale)
@@ -212,8 +213,9 @@ def gemm(
     if isinstance(w, PackedWeight):
         flat = x.reshape(rows, x.shape[-1]) if isinstance(x, Tensor) else dequantize(x, torch.float32).flatten(0, -2)
         held = dtype if f is None else torch.float32
-        out = packed_product(flat, w, None, 1, epilogue, row_weight, held).view(*lead, -1)
-        return out if f is None else replace(quantize(out, f, rule=rule), dtype=dtype)
+        y = packed_product(flat, w, None, 1, epilogue, row_weight, held)
+        y = y.view(*lead, y.shape[-1])
+        return y if f is None else replace(quantize(y, f, rule=rule), dtype=dtype)
     fused = fused_format(f)
     data, scale, x_global, x_format = flat_operand(x)
     data = data.reshape(rows, data.shape[-1])
@@ -231,6 +233,7 @@ def gemm(
         torch.float32 if f is not None and not fused else dtype,
     )
     run = kernels("generic_gemm").gemm if direct(data, args[4], epilogue.bias, row_weight) else gemm_op
+    out: Tensor
     out, out_scale = run(*args)
     out = out.view(*lead, out.shape[-1])
     if f is None:

@@ -40,9 +40,10 @@ from .gemm import (
 )
 from .packed_gemm import packed_product
 from .packing import PackedWeight
-from .quantize import quantize
+from .quantize import dequantize, quantize
 from .reference.moe import local_experts
 from .tensor import QuantizedTensor
+from .tuning import block_pairs
 
 _SCHEMA = (
     "(Tensor x, Tensor? x_scale, Tensor? x_global, str x_format, Tensor w, Tensor? w_scale, Tensor? w_global, str w_format, "
@@ -52,14 +53,20 @@ _SCHEMA = (
 )
 
 
-def block_size(num_pairs: int, num_experts: int, device: torch.device | str) -> int:
+def block_size(
+    num_pairs: int, num_experts: int, device: torch.device | str, w: Operand | PackedWeight | None = None
+) -> int:
     """Rows of a block that suit this many pairs: 16, 32, 64 or 128, by the pairs an expert gets on average.
+
+    w: the weight that will be multiplied; packed weights have thresholds of their own (``tuning.py``).
 
     A block should hold what one expert gets, since the weight is decoded once per block: measured on an H200, 16 rows are
     best up to 8 pairs an expert, 64 up to 128. On the CPU the size only decides how many slots the padding takes: 16.
     """
     if torch.device(device).type == "cpu":
         return 16
+    if isinstance(w, PackedWeight):
+        return block_pairs(num_pairs, num_experts, w.format is not None and w.format.scale == "e4m3")
     for rows, limit in ((16, 8), (32, 32), (64, 128)):
         if num_pairs <= limit * num_experts:
             return rows
@@ -103,6 +110,7 @@ def _grouped_gemm(
         top_k=top_k,
         epilogue=whole_epilogue(bias, (act, act_layout, gated, alpha, beta, limit), row_weight, requantize, rule),
         out_dtype=out_dtype,
+        decoder=dequantize,
     )
     return flat_result(result)
 
@@ -172,8 +180,8 @@ def grouped_gemm(
     row_weight = check_epilogue(epilogue, (num_experts, n), pairs, x.device)
     f, rule = epilogue.requantize_to, epilogue.rule
     if isinstance(w, PackedWeight):
-        out = packed_product(x, w, tiles, top_k, epilogue, row_weight, dtype if f is None else torch.float32)
-        return out if f is None else _requantized(out, tiles, f, rule, dtype)
+        y = packed_product(x, w, tiles, top_k, epilogue, row_weight, dtype if f is None else torch.float32)
+        return y if f is None else _requantized(y, tiles, f, rule, dtype)
     fused = fused_format(f)
     args = (
         *flat_operand(x),
@@ -189,6 +197,7 @@ def grouped_gemm(
     run = (
         kernels("generic_gemm").grouped_gemm if direct(args[0], args[4], epilogue.bias, row_weight) else grouped_gemm_op
     )
+    out: Tensor
     out, scale = run(*args)
     if f is None:
         return out

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..formats import ScaleRule, get_format
 from . import quantize as quantization
 from .bits import element_bits, word_factor
-from .epilogue import activated
+from .finish import activated
 from .launch import launch, target
 from .quantize import _block_scale, _store_codes
 

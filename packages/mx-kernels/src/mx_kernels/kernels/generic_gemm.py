@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..device import Device
 from ..formats import get_format
-from .epilogue import activated, store_quantized
+from .finish import activated, store_quantized
 from .launch import launch
 from .operands import (
     decoded,
@@ -61,6 +61,58 @@ def _mul_add(w, x, acc, WKIND: tl.constexpr, XKIND: tl.constexpr, COMPUTE: tl.co
         return tl.dot(high, tl.trans(x), acc)
     else:
         return tl.dot(w, tl.trans(x), acc)
+
+
+@triton.jit
+def _step(
+    acc,  # [BN, BM]
+    x_bad,
+    w_bad,
+    xp,  # [BM, 1] pointers to rows
+    xsp,
+    wp,  # [BN, 1]
+    wsp,
+    live,
+    inside,
+    k,
+    K,
+    XKIND: tl.constexpr,
+    XB: tl.constexpr,
+    WKIND: tl.constexpr,
+    WB: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Add the products of values k .. k + BK - 1, and note the words that hold NaN codes."""
+    NATIVE: tl.constexpr = COMPUTE == "native"
+    xt = load_stored(xp, live, k, K, XKIND, NATIVE, BK, True, MASK_K)
+    wt = load_stored(wp, inside, k, K, WKIND, NATIVE, BK, False, MASK_K)
+    xs = None
+    ws = None
+    if XB > 0:
+        xs = load_scales(xsp, live, k, K, XB, BK, True, MASK_K)
+    if WB > 0:
+        ws = load_scales(wsp, inside, k, K, WB, BK, False, MASK_K)
+    if NATIVE:
+        acc = tl.dot_scaled(
+            native_operand(wt, WKIND),
+            native_scale(ws, WB),
+            native_name(WKIND),
+            tl.trans(native_operand(xt, XKIND)),
+            native_scale(xs, XB),
+            native_name(XKIND),
+            acc,
+        )
+    else:
+        wv = decoded(wt, ws, WKIND, WB, COMPUTE == "fp32")
+        xv = decoded(xt, xs, XKIND, XB, COMPUTE == "fp32")
+        acc = _mul_add(wv, xv, acc, WKIND, XKIND, COMPUTE)
+        if XKIND == "e4m3":
+            x_bad |= nan_codes(xt, XKIND)
+        if WKIND == "e4m3":
+            w_bad |= nan_codes(wt, WKIND)
+    return acc, x_bad, w_bad
 
 
 @triton.jit
@@ -156,7 +208,8 @@ def _gemm_kernel(
     ELEMENT: tl.constexpr,  # of the requantized result, or ""
     RULE: tl.constexpr,
     COMPUTE: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    WHOLE: tl.constexpr,  # K >= BK
+    RAGGED: tl.constexpr,  # K % BK > 0
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -184,8 +237,9 @@ def _gemm_kernel(
     row = (pair // top_k).to(tl.int64)
     xp = x + (row * x_stride)[:, None]
     wp = w + (e * w_stride_e + n.to(tl.int64) * w_stride_n)[:, None]
-    MASK_K: tl.constexpr = not EVEN_K
     NATIVE: tl.constexpr = COMPUTE == "native"
+    xsp = xp
+    wsp = wp
     if XB > 0:
         xsp = x_scale + (row * x_scale_stride)[:, None]
     if WB > 0:
@@ -194,39 +248,19 @@ def _gemm_kernel(
     # A word with a NaN code makes its whole row NaN, which is what its product is: cheaper than a test of each value.
     X_NAN: tl.constexpr = XKIND == "e4m3" and not NATIVE
     W_NAN: tl.constexpr = WKIND == "e4m3" and not NATIVE
-    if X_NAN:
-        x_bad = tl.zeros((BM, BK // 4), tl.int32)
-    if W_NAN:
-        w_bad = tl.zeros((BN, BK // 4), tl.int32)
-    tl.assume(K > 0)  # else ptxas serializes wgmma (C7515), since the loop might not run
-    for k in range(0, K, BK):
-        xt = load_stored(xp, live, k, K, XKIND, NATIVE, BK, True, MASK_K)
-        wt = load_stored(wp, inside, k, K, WKIND, NATIVE, BK, False, MASK_K)
-        xs = None
-        ws = None
-        if XB > 0:
-            xs = load_scales(xsp, live, k, K, XB, BK, True, MASK_K)
-        if WB > 0:
-            ws = load_scales(wsp, inside, k, K, WB, BK, False, MASK_K)
-        if NATIVE:
-            acc = tl.dot_scaled(
-                native_operand(wt, WKIND),
-                native_scale(ws, WB),
-                native_name(WKIND),
-                tl.trans(native_operand(xt, XKIND)),
-                native_scale(xs, XB),
-                native_name(XKIND),
-                acc,
+    x_bad = tl.zeros((BM, BK // 4) if X_NAN else (1, 1), tl.int32)
+    w_bad = tl.zeros((BN, BK // 4) if W_NAN else (1, 1), tl.int32)
+    whole = K // BK * BK  # masks along K would keep loads from being wide, so the last, ragged step stands alone
+    if WHOLE:
+        tl.assume(whole > 0)  # else ptxas serializes wgmma (C7515), since the loop might not run
+        for k in range(0, whole, BK):
+            acc, x_bad, w_bad = _step(
+                acc, x_bad, w_bad, xp, xsp, wp, wsp, live, inside, k, K, XKIND, XB, WKIND, WB, COMPUTE, False, BK
             )
-        else:
-            wv = decoded(wt, ws, WKIND, WB, COMPUTE == "fp32")
-            xv = decoded(xt, xs, XKIND, XB, COMPUTE == "fp32")
-            acc = _mul_add(wv, xv, acc, WKIND, XKIND, COMPUTE)
-            if X_NAN:
-                x_bad |= nan_codes(xt, XKIND)
-            if W_NAN:
-                w_bad |= nan_codes(wt, WKIND)
-
+    if RAGGED:
+        acc, x_bad, w_bad = _step(
+            acc, x_bad, w_bad, xp, xsp, wp, wsp, live, inside, whole, K, XKIND, XB, WKIND, WB, COMPUTE, True, BK
+        )
     if X_NAN:
         acc = tl.where((tl.max((x_bad != 0).to(tl.int32), 1) > 0)[None, :], float("nan"), acc)
     if W_NAN:
@@ -314,7 +348,7 @@ def tile_config(compute: str, vendor: str, kinds: tuple[str, str], block: int) -
     if compute == "native":
         if bm >= 64 and {"e2m3", "e3m2"} & {*kinds}:
             bk = 64
-    elif bm >= 64 or vendor == "amd" or kinds[1] in _PLAIN.values():
+    elif bm >= 64 or vendor == "amd" or split or kinds[1] in _PLAIN.values():
         bk = 32 if split and bm >= 64 else 64
     return {
         "BM": bm,
@@ -439,7 +473,8 @@ def _launch(
                 ELEMENT=f.element.name if f is not None and fused else "",
                 RULE=rule if fused else "",
                 COMPUTE=compute,
-                EVEN_K=k % options["BK"] == 0,
+                WHOLE=k >= options["BK"],
+                RAGGED=k % options["BK"] > 0,
                 **options,
             )
     if f is not None and not fused:

@@ -9,6 +9,7 @@ matrix products, which is off by default.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,13 +25,13 @@ from .quantize import dequantize, quantize
 Operand = Tensor | QuantizedTensor
 
 
-def decode(t: Operand) -> Tensor:
+def _decode(t: Operand, decoder: Callable[[QuantizedTensor, torch.dtype], Tensor]) -> Tensor:
     """The operand in float32, without its global scale: every value is exact."""
     if isinstance(t, Tensor):
         return t.float()
     if t.global_scale is not None:
         t = replace(t, global_scale=torch.ones_like(t.global_scale))
-    return dequantize(t, torch.float32)
+    return decoder(t, torch.float32)
 
 
 def _global_scale(t: Operand) -> Tensor | None:
@@ -71,15 +72,16 @@ def gemm(
     *,
     epilogue: Epilogue | None = None,
     out_dtype: torch.dtype | None = None,
+    decoder: Callable[[QuantizedTensor, torch.dtype], Tensor] = dequantize,
 ) -> Tensor | QuantizedTensor:  # [..., N_out]
-    """One weight for all rows; see ``mx_kernels.gemm``."""
+    """One weight for all rows; see ``mx_kernels.gemm``. ``decoder``: what stands in for ``dequantize``, with the same values."""
     epilogue = epilogue or Epilogue()
     lead, k = x.shape[:-1], x.shape[-1]
     gx = _global_scale(x)
     if gx is not None and gx.ndim:
         gx = gx.view(*gx.shape, *(1,) * (len(lead) - gx.ndim)).expand(lead).reshape(-1, 1)
     weight = epilogue.row_weight
-    acc = decode(x).reshape(lead.numel(), k) @ decode(w).T
+    acc = _decode(x, decoder).reshape(lead.numel(), k) @ _decode(w, decoder).T
     out = _finish(
         acc,
         (gx, _global_scale(w)),
@@ -98,10 +100,12 @@ def grouped_gemm(
     top_k: int = 1,
     epilogue: Epilogue | None = None,
     out_dtype: torch.dtype | None = None,
+    decoder: Callable[[QuantizedTensor, torch.dtype], Tensor] = dequantize,
 ) -> Tensor | QuantizedTensor:  # [P, N_out]
     """One weight per expert; see ``mx_kernels.grouped_gemm``. Rows of dropped pairs are zero.
 
-    Loops over the experts that a pair goes to and decodes those alone, one at a time.
+    Loops over the experts that a pair goes to and decodes those alone, one at a time. ``decoder``: what stands in for
+    ``dequantize``, with the same values.
     """
     epilogue = epilogue or Epilogue()
     dtype = out_dtype or x.dtype
@@ -114,14 +118,15 @@ def grouped_gemm(
     width = n if act is None else act.out_features(n)
     held = torch.float32 if epilogue.requantize_to is not None else dtype
     out = torch.zeros((pairs, width), dtype=held, device=x.device)
-    values, gx, gw = decode(x) if isinstance(x, QuantizedTensor) else x, _global_scale(x), _global_scale(w)
+    values = _decode(x, decoder) if isinstance(x, QuantizedTensor) else x
+    gx, gw = _global_scale(x), _global_scale(w)
     end = counts[0]
     for e, count in enumerate(counts[1:]):
         if not count:
             continue
         rows = order[end : end + count]
         end += count
-        acc = values[rows // top_k].float() @ decode(w[e]).T
+        acc = values[rows // top_k].float() @ _decode(w[e], decoder).T
         y = _finish(
             acc,
             (gx, gw if gw is None or gw.ndim == 0 else gw[e]),

@@ -17,7 +17,7 @@ from mx_quant import ExpertWeights
 from .experts.base import ExpertsBase
 from .experts.emulation import EmulationExperts
 from .experts.fused import FusedExperts
-from .experts.native import NATIVE_INPUTS, NativeExperts
+from .experts.native import NativeExperts
 from .experts.problem import FEATURES, Problem
 from .experts.rebased import OPT_IN, RebasedExperts
 from .experts.reference import ReferenceExperts
@@ -150,7 +150,7 @@ def make_experts(
     )
     choice = select_backend(problem, weights.device, backend)
     if inputs == "auto":
-        inputs = NATIVE_INPUTS[problem.weight] if choice.name == "native" else None
+        inputs = EXPERT_CLASSES[choice.name].auto_inputs(problem.weight)
     experts: ExpertsBase = choice.candidate.build(
         weights,
         activation,
@@ -170,7 +170,7 @@ def explain(device: Device, dtype: torch.dtype = torch.bfloat16) -> dict[str, di
         features = frozenset({"input_scales"}) if name == "nvfp4" else frozenset()
         problem = Problem(name, _SILU, 8, 4096, 4096, dtype=dtype, features=features)
         choice = select_backend(problem, device)
-        inputs = NATIVE_INPUTS[name] if choice.name == "native" else None
+        inputs = EXPERT_CLASSES[choice.name].auto_inputs(name)
         result[name] = {**choice.to_dict(), "inputs": inputs or str(dtype).removeprefix("torch.")}
     return result
 

@@ -179,6 +179,11 @@ class ExpertsBase:
         """Why this class cannot run ``problem`` on ``device``, or None."""
         return cls.capability.why_not(problem)
 
+    @classmethod
+    def auto_inputs(cls, weight: str) -> str | None:
+        """What GEMM inputs are quantized to where nothing says it: None, 16 bits, unless the class can do nothing else."""
+        return None
+
     def _bind(self, weights: ExpertWeights) -> None:
         """Keep the weights, or a packing of them."""
         self._weights = weights

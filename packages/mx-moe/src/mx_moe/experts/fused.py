@@ -19,14 +19,17 @@ from mx_quant import ExpertWeights
 
 from ..routing import Routing
 from .base import ExpertsBase, Weights, triton_reason
-from .problem import Capability, Problem
+from .problem import EVERY_FORMAT, Capability, Problem
 
 
 class FusedExperts(ExpertsBase):
     """16-bit (or quantized and dequantized) inputs x weights upcast in registers."""
 
     name = "fused"
-    capability = Capability(dtypes=(torch.bfloat16, torch.float16))
+    capability = Capability(
+        weights=(*EVERY_FORMAT, "bfloat16", "float16"),
+        dtypes=(torch.bfloat16, torch.float16),
+    )
     pair_dtype = None
 
     @classmethod
@@ -37,6 +40,8 @@ class FusedExperts(ExpertsBase):
             return reason
         if problem.dtype == torch.bfloat16 and not device.arch.bf16:
             return f"{device} has no bfloat16 matrix instructions: use float16"
+        if problem.weight == "float16" and problem.dtype != torch.float16:
+            return f"float16 weights need x in float16, not {str(problem.dtype).removeprefix('torch.')}"
         return cls.capability.why_not(problem)
 
     def _bind(self, weights: ExpertWeights) -> None:
@@ -57,6 +62,26 @@ class FusedExperts(ExpertsBase):
             self._w2_bias,
             *self._input_format_and_scales,
         )
+
+    def update_weights(self, weights: ExpertWeights) -> None:
+        """Pack new canonical weights into the memory of the old ones, for captured graphs; ValueError unless they fit."""
+        if weights.format is not self._w13.format or weights.w13.shape != self._w13.shape:
+            raise ValueError(
+                f"cannot write {weights} over experts packed as {self!r}: both need one format and one shape"
+            )
+        packed = (mk.pack(weights.w13, gated=self.activation.gated), mk.pack(weights.w2))
+        pairs = [*zip((self._w13, self._w2), packed, strict=True)]
+        for name in ("data", "scale", "alpha", "shift", "global_scale"):
+            for old, new in pairs:
+                if (getattr(old, name) is None) != (getattr(new, name) is None):
+                    raise ValueError(f"the new weights are packed with another {name}: make new experts from them")
+        for old, new in pairs:
+            for name in ("data", "scale", "alpha", "shift", "global_scale"):
+                if getattr(old, name) is not None:
+                    getattr(old, name).copy_(getattr(new, name))
+        for mine, given in ((self._w13_bias, weights.w13_bias), (self._w2_bias, weights.w2_bias)):
+            if mine is not None and given is not None:
+                mine.copy_(given)
 
     @property
     def nbytes(self) -> int:

@@ -43,3 +43,8 @@ class NativeExperts(ExpertsBase):
         if problem.inputs is None:
             return f"the scheme keeps inputs in 16 bits; {device} would multiply {inputs} x {problem.weight} (inputs={inputs!r})"
         return cls.capability.why_not(problem) or why_not_inputs(problem, inputs)
+
+    @classmethod
+    def auto_inputs(cls, weight: str) -> str | None:
+        """The format that the hardware multiplies with these weights."""
+        return NATIVE_INPUTS[weight]

@@ -52,6 +52,11 @@ class RebasedExperts(ExpertsBase):
         reason = triton_reason(device, "it runs in a Triton kernel")
         return reason or cls.capability.why_not(problem)
 
+    @classmethod
+    def auto_inputs(cls, weight: str) -> str | None:
+        """MXFP8 E4M3, whatever the weights are."""
+        return "mxfp8_e4m3"
+
     def _bind(self, weights: ExpertWeights) -> None:
         w13, bias = concatenated(weights, self.activation)
         assert isinstance(w13, QuantizedTensor)

@@ -4,6 +4,7 @@ from .checks import check_finite, joint_global_scale, quantize_finite
 from .convert import Checkpoint, Conversion, convert_checkpoint, dequantize_checkpoint, inspect_checkpoint
 from .coverage import Coverage, Covered
 from .experts import ExpertBuilder, ExpertWeights, deinterleave, interleave, quantize_experts
+from .layouts import LAYOUTS, Layout, TensorInfo, WeightRef, detect_layout, get_layout
 from .linear import (
     LinearMethod,
     Mxfp4LinearMethod,
@@ -55,6 +56,7 @@ from .writer import ShardWriter, TensorSpec, plan_shards
 
 __all__ = [
     "GPT_OSS_ACTIVATION",
+    "LAYOUTS",
     "NVFP4_W4A16",
     "NVFP4_W4A4",
     "SCHEMES",
@@ -73,6 +75,7 @@ __all__ = [
     "ExpertBuilder",
     "ExpertWeights",
     "Finding",
+    "Layout",
     "LinearMethod",
     "MxLinear",
     "Mxfp4LinearMethod",
@@ -98,15 +101,19 @@ __all__ = [
     "Scheme",
     "ShardReader",
     "ShardWriter",
+    "TensorInfo",
     "TensorSpec",
     "Verification",
+    "WeightRef",
     "check_finite",
     "compare",
     "convert_checkpoint",
     "deinterleave",
     "dequantize_checkpoint",
+    "detect_layout",
     "error_report",
     "expert_layers",
+    "get_layout",
     "get_scheme",
     "inspect_checkpoint",
     "interleave",

@@ -1,5 +1,6 @@
 """Mixture-of-Experts layers on microscaling weights. See the package's README."""
 
+from .distributed import ExpertMap, ExpertParallel, Placement, balance, rebalance_
 from .experts.base import Experts
 from .experts.emulation import EmulationExperts
 from .experts.fused import FusedExperts
@@ -14,6 +15,7 @@ from .experts.seeds import (
     Nvfp4QuantizationEmulationTritonExperts,
     named_activation,
 )
+from .layer import MoE
 from .oracle import (
     EXPERT_BACKENDS,
     EXPERT_CLASSES,
@@ -31,21 +33,27 @@ __all__ = [
     "EXPERT_CLASSES",
     "Capability",
     "EmulationExperts",
+    "ExpertMap",
+    "ExpertParallel",
     "Experts",
     "FusedExperts",
+    "MoE",
     "Mxfp8EmulationTritonExperts",
     "Mxfp8NativeTritonExperts",
     "Mxfp8TritonExpertsBase",
     "NativeExperts",
     "Nvfp4QuantizationEmulationTritonExperts",
+    "Placement",
     "Problem",
     "RebasedExperts",
     "ReferenceExperts",
     "Router",
     "Routing",
+    "balance",
     "explain",
     "make_experts",
     "named_activation",
+    "rebalance_",
     "select_backend",
     "select_mxfp4_moe_backend",
     "select_mxfp8_moe_backend",

@@ -7,6 +7,7 @@ order. E experts (slots), R ranks, T tokens of this rank, k experts a token, H h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,12 +130,8 @@ class ExpertParallel:
 
 def exchange_rows(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Any = None) -> Tensor:
     """Rows of dimension 0 to every rank and from every rank, in rank order; as bytes, so of any dtype."""
-    flat = rows.contiguous().view(rows.shape[0], -1)
-    given = (
-        flat.view(torch.uint8)
-        if flat.numel()
-        else flat.new_empty((0, flat.shape[1] * flat.element_size()), dtype=torch.uint8)
-    )
+    width = math.prod(rows.shape[1:])
+    given = rows.contiguous().view(rows.shape[0], width).view(torch.uint8)
     got = given.new_empty((sum(receive), given.shape[1]))
     dist.all_to_all_single(got, given, list(receive), list(send), group=group)
     return got.view(rows.dtype).view(sum(receive), *rows.shape[1:])
@@ -170,9 +167,9 @@ class Placement:
 def balance(load: Sequence[float] | Tensor, slots: int, ranks: int) -> Placement:
     """A placement of E experts with that load on ``slots`` slots, slots / ranks on each rank.
 
-    Slots beyond E go to the experts with the most load per slot; then the heaviest slots go first, each to the rank with the
-    least load so far (one without that expert, if it can). Raises ValueError for slots < E or not divisible by ranks, and for
-    loads that are negative or not finite.
+    Slots beyond E go to the experts with the most load per slot (no more than one a rank, if they can). Then the heaviest
+    slots go first, each to the rank with the least load so far (one without that expert, if it can). Raises ValueError for
+    slots < E or not divisible by ranks, and for loads that are negative or not finite.
     """
     values = [float(v) for v in load]
     if any(not 0 <= v < float("inf") for v in values):
@@ -181,7 +178,7 @@ def balance(load: Sequence[float] | Tensor, slots: int, ranks: int) -> Placement
         raise ValueError(f"slots is {slots}, needs at least the {len(values)} experts and a multiple of {ranks} ranks")
     copies = [1] * len(values)
     for _ in range(slots - len(values)):
-        heaviest = max(range(len(values)), key=lambda e: (values[e] / copies[e], -e))
+        heaviest = max(range(len(values)), key=lambda e: (copies[e] < ranks, values[e] / copies[e], -e))
         copies[heaviest] += 1
     pieces = sorted(((values[e] / copies[e], e) for e in range(len(values)) for _ in range(copies[e])), reverse=True)
     held: list[list[int]] = [[] for _ in range(ranks)]

@@ -50,7 +50,7 @@ def checkpoint(folder, family):
 
 def empty(family):
     with mq.meta_parameters():
-        return transformers.AutoModelForCausalLM.from_config(config(family)).to(torch.bfloat16).eval()
+        return transformers.AutoModelForCausalLM.from_config(config(family), dtype=torch.bfloat16).eval()
 
 
 class Runs(nn.Module):
@@ -115,8 +115,9 @@ def test_every_layout(layout, format, family, tmp_path):
         expected = load(tmp_path / "plain", experts_implementation="eager").eval()(ids).logits.float()
         exact = load(src, experts_implementation="eager").eval()(ids).logits.float()
         got = model(ids).logits.float()
-    # roundings to bf16 in two layers stay under 1%; the quantization itself moves these logits further
-    assert (got - expected).norm() < 0.015 * expected.norm()
+    # MX values are exact in bf16, so only the order of sums may differ (measured: 0 to 0.1%); NVFP4 values are rounded to bf16 in
+    # the dequantized checkpoint (0.7%). The quantization itself moves these logits by 3 to 16%.
+    assert (got - expected).norm() < (0.015 if format == "nvfp4" else 0.003) * expected.norm()
     assert (exact - expected).norm() > 0.02 * expected.norm()
 
 

@@ -61,7 +61,8 @@ def quantize_model(
     for name, form in plan.experts.items():
         for p in form.names:
             check_finite(f"{name}.{p}", _loaded(f"{name}.{p}", getattr(model.get_submodule(name), p)))
-    for name in _bar((*plan.linears, *plan.experts), plan.scheme, progress):
+    # experts first: a factory that refuses them does so before anything is replaced
+    for name in _bar((*plan.experts, *plan.linears), plan.scheme, progress):
         source = model.get_submodule(name)
         if name in plan.experts:
             assert experts is not None
@@ -133,7 +134,8 @@ def meta_parameters() -> Iterator[None]:
     """Modules built in this context have their parameters on the meta device and their buffers where they belong.
 
     For ``load_online``: unlike ``torch.device("meta")``, buffers that no checkpoint holds (rotary frequencies) keep their
-    values. Changes ``nn.Module`` for all threads while it lasts.
+    values. Say the dtype when building (``from_config(config, dtype=torch.bfloat16)``): ``model.to(dtype)`` casts buffers too.
+    Changes ``nn.Module`` for all threads while it lasts.
     """
     register = nn.Module.register_parameter
 

@@ -22,7 +22,7 @@ import torch
 import mx_kernels as mk
 from mx_kernels.packed_gemm import flat_product
 from mx_kernels.packing import PackedWeight
-from mx_kernels.tuning import Config, block_pairs, choose_config
+from mx_kernels.tuning import Config, Problem, block_pairs, choose_config
 
 OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
 SILU = mk.Activation("silu")
@@ -64,34 +64,32 @@ def candidates(name: str, pairs: int, experts: int, which: str) -> list[Config]:
     """Configurations worth a look; ``which`` names sets: chosen, decode, split, mid, prefill."""
     plain = name == "bf16"
     each = pairs / experts
+    step = 64 if plain else 128
     out: list[Config] = []
     sets = which.split(",")
     if "decode" in sets and (each <= 12 or pairs <= 64):
-        for rows, warps, stages, regs in (
-            (128, 4, 4, 128),
-            (128, 4, 3, 128),
-            (128, 4, 4, 0),
-            (256, 8, 3, 0),
-            (64, 4, 5, 128),
-        ):
-            out.append(Config(16, rows, 128, warps, stages, maxnreg=0 if plain else regs))
+        for stages, regs in ((4, 128), (3, 128), (4, 0)):
+            out.append(Config(16, 128, 128, 4, stages, maxnreg=0 if plain else regs))
         if plain:
-            out.append(Config(16, 128, 64, 4, 6))
+            out += [Config(16, 128, 64, 4, stages) for stages in (4, 6, 8)]
     if "split" in sets and pairs <= 32 and not plain:
-        for split, stages in itertools.product((2, 4, 8), (3, 4)):
-            out.append(Config(16, 128, 128, 4, stages, split, maxnreg=128))
+        out += [Config(16, 128, 128, 4, stages, split, maxnreg=128) for split in (2, 4) for stages in (3, 4)]
     if "mid" in sets and 2 <= each <= 128 and pairs > 64:
-        for block, levels in ((32, 1), (32, 2), (64, 1), (64, 2), (64, 3)):
+        shapes = ((32, 1, 3), (32, 2, 3), (32, 2, 4), (64, 2, 2), (64, 2, 3), (64, 2, 4), (64, 3, 3))
+        for block, levels, stages in shapes:
             if block / 4 <= each * 2 and each <= 2.5 * block:
-                out.append(Config(block, 128, 128, 4, 3, levels=levels, maxnreg=0 if plain else 168))
-        if each >= 12:
-            out.append(Config(64, 256, 128, 8, 3, levels=2))
-            out.append(Config(64, 128, 128, 4, 2, levels=2, maxnreg=168))
+                out.append(Config(block, 128, step, 4, stages, levels=levels, maxnreg=0 if plain else 168))
     if "prefill" in sets and each >= 24:
-        for levels, mask in ((1, False), (2, True), (3, True)):
-            out.append(Config(128, 128, 128, 4, 3, levels=levels, mask=mask))
-            out.append(Config(128, 256, 64 if plain else 128, 8, 3, levels=levels, mask=mask))
-        out.append(Config(128, 256, 64 if plain else 128, 8, 3, group=8, levels=3, mask=each < 256))
+        for group, levels, stages in itertools.product((1, 8), (2, 3), (2, 3)):
+            out.append(Config(128, 128, step, 4, stages, group=group, levels=levels, mask=True))
+            if stages == 3 and group == 8:
+                out.append(Config(128, 256, step, 8, stages, group=group, levels=levels, mask=True))
+                out.append(Config(128, 128, step, 8, stages, group=group, levels=levels, maxnreg=128))
+        out.append(Config(128, 128, step, 8, 2, group=8, levels=2, maxnreg=128))
+        if each >= 256:
+            out.append(Config(128, 128, step, 4, 3, group=8, levels=3, mask=False))
+            out.append(Config(128, 256, step, 8, 3, group=8, levels=3, mask=False))
+            out.append(Config(128, 256, step, 8, 3, group=16, levels=3, mask=False))
     return list(dict.fromkeys(out))
 
 
@@ -104,7 +102,7 @@ def product(x, w, tiles, top_k, bias, act, weight, config):
 
 
 def problem(model: str, name: str, tokens: int, which: str, device: str):
-    experts, k, hidden, inner, act, has_bias = MODELS[model]
+    experts, k, hidden, inner, _, has_bias = MODELS[model]
     pairs = tokens * k
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
     a = torch.empty((pairs, inner), dtype=torch.bfloat16, device=device)
@@ -135,8 +133,8 @@ def compile_one(job) -> str | None:
     model, name, tokens, gemm, config = job
     experts, k, hidden, inner, act, _ = MODELS[model]
 
-    def warm(args, constants, options, programs):
-        kernel._grouped_gemm_packed_kernel.warmup(*args, *constants, grid=(1,), **options)
+    def warm(plan, tensors):
+        kernel._grouped_gemm_packed_kernel.warmup(*tensors, *plan.sizes, *plan.constants, grid=(1,), **plan.options)
 
     kernel._launch = warm
     x, a, b1, b2, weight = problem(model, name, tokens, "", "meta")
@@ -191,9 +189,10 @@ def jobs(args) -> list[tuple]:
         for gemm, n, width in ((1, 2 * inner, hidden), (2, hidden, inner)):
             found = candidates(name, pairs, experts, args.sets)
             if "chosen" in args.sets:
-                block = 16 if pairs <= 64 else block_pairs(pairs, experts)
+                block = 16 if pairs <= 64 else block_pairs(pairs, experts, name == "nvfp4")
                 element = "" if name == "bf16" else "e4m3" if "8" in name else "e2m1"
-                found.insert(0, choose_config(element, block, pairs, experts, n, width, 132))
+                p = Problem(element, 16 if name == "nvfp4" else 32, pairs, experts, n, width)
+                found.insert(0, replace(choose_config(p, block), pdl=False))
             for c in dict.fromkeys(found):
                 if name == "bf16" and width % c.step:
                     c = replace(c, step=64)
@@ -224,7 +223,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for model, name in itertools.product(args.models, args.formats):
-        experts, k, hidden, inner, act, _ = MODELS[model]
+        experts, _, hidden, inner, act, _ = MODELS[model]
         copies = 2 if hidden * inner > 4e6 else 4
         w1 = [empty_weight(name, experts, 2 * inner, hidden, act, "cuda") for _ in range(copies)]
         w2 = [empty_weight(name, experts, hidden, inner, None, "cuda") for _ in range(copies)]
@@ -296,8 +295,7 @@ def measure(model, name, tokens, w1, w2, todo, budget) -> list[dict]:
     ):
         if label != "plain" and tokens > 16:
             continue
-        f1, f2 = gemm1(d1), gemm2(d2)
-        pair[label] = timed(lambda r: (f1(r), f2(r)), layers, budget)
+        pair[label] = timed(lambda r, f1=gemm1(d1), f2=gemm2(d2): (f1(r), f2(r)), layers, budget)
     rows.append(
         {"model": model, "format": name, "tokens": tokens, "gemm": "pair", "us": min(pair.values()), "variants": pair}
     )

@@ -1,11 +1,23 @@
 """Launch configurations of the packed grouped GEMM, chosen from host integers alone: a model of the regimes.
 
 Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K columns, U multiprocessors.
+
+- A block should hold what one expert gets, since the weight is decoded once a block; narrower loops serve the blocks that
+  hold less (``levels``). Up to r = 10 a block is 16 pairs, and the time is that of streaming and decoding the weights.
+- Few programs (a small matrix, one token) do not fill the device: the K loop is then split among several (``best_split``).
+- From r = 48 on blocks of 128 pairs make the tensor cores the limit. Two programs must fit a multiprocessor, so that one
+  decodes while the other multiplies: three stages of E2M1 codes fit twice, of larger codes and scales only two.
+- Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together.
+
+The thresholds were measured on an NVIDIA H200 (torch 2.11, Triton 3.6, November 2026; docs/performance.md) on shapes from
+2048 x 768 to 28672 x 4096; ``benchmarks/gemm_gpu.py`` measures them again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+UNITS = 132  # multiprocessors, where the device does not say
 
 
 @dataclass(frozen=True)
@@ -14,8 +26,8 @@ class Config:
 
     step: columns a step of the K loop. split: programs that share the K loop of a tile. group: blocks of pairs that walk the
     weight tiles together. levels: narrower loops (a half, a quarter of ``pairs``) for blocks with few pairs. mask: do not
-    load rows of x that are not there. maxnreg: registers a thread, 0 for the compiler's choice. pdl: start before the kernel
-    in front has ended (NVIDIA, sm_90 and up).
+    load rows of x that are not there. evict: eviction policy of weight loads. maxnreg: registers a thread, 0 for the
+    compiler's choice. pdl: start before the kernel in front has ended (NVIDIA, sm_90 and up).
     """
 
     pairs: int
@@ -32,42 +44,74 @@ class Config:
     pdl: bool = False
 
 
-def block_pairs(num_pairs: int, num_experts: int) -> int:
-    """The block size for the alignment: a power of two that holds what most experts get, 16 to 128."""
-    for block, limit in ((16, 10), (32, 20), (64, 52)):
+@dataclass(frozen=True)
+class Problem:
+    """element: "e2m1", "e4m3", "e5m2" or "" (plain 16-bit weights). block: columns a scale covers. n: packed weight rows."""
+
+    element: str
+    block: int
+    num_pairs: int
+    num_experts: int
+    n: int
+    k: int
+
+    @property
+    def expert_bytes(self) -> float:
+        """Bytes of one expert's matrix."""
+        return self.n * self.k * {"e2m1": 0.5, "": 2.0}.get(self.element, 1.0)
+
+
+def block_pairs(num_pairs: int, num_experts: int, nvfp4: bool = False) -> int:
+    """Pairs of a block of the alignment: 16, 32, 64 or 128.
+
+    NVFP4 stays at 64 for longer: three stages of its blocks of 128 do not fit a multiprocessor twice.
+    """
+    for block, limit in ((16, 10), (32, 24), (64, 80 if nvfp4 else 48)):
         if num_pairs <= limit * num_experts:
             return block
     return 128
 
 
-def choose_config(
-    element: str,  # "e2m1", "e4m3", "e5m2" or "" (plain 16-bit weights)
-    block: int,
-    num_pairs: int,
-    num_experts: int,
-    n: int,
-    k: int,
-    units: int,
-) -> Config:
-    """The configuration for blocks of ``block`` pairs. units: multiprocessors of the device (0 if unknown: 132)."""
-    units = units or 132
-    rows = min(128, max(64, 1 << (n - 1).bit_length()))
-    plain = element == ""
-    step = 64 if plain and k % 128 else 128
-    each = num_pairs / num_experts
-    if block <= 16:
-        stages = 5 if plain else (4 if element == "e2m1" else 3)
-        tiles = -(-n // rows) * min(num_pairs, num_experts)
-        split = 1
-        if not plain and num_pairs <= 16:
-            while split < 8 and tiles * split * 2 <= 4 * units and -(-k // step) >= 4 * split:
-                split *= 2
-        return Config(16, rows, step, 4, stages, split, maxnreg=0 if plain else 128)
-    if block <= 64:
-        return Config(
-            block, rows, step, 4, 4 if plain else 3, levels=2 if block == 64 else 1, maxnreg=0 if plain else 168
-        )
-    wide = n >= 256 and each >= 96
-    if wide:
-        return Config(block, 256, step, 8, 3, group=8, levels=3, mask=each < 256)
-    return Config(block, rows, step, 4, 3, levels=2)
+def best_split(p: Problem, rows: int, step: int, units: int) -> int:
+    """Programs that share a tile's K loop, for few pairs: the fastest by a model in microseconds on an H200.
+
+    A step takes 1.0 alone; with c programs on a multiprocessor c times what decoding (0.30) or streaming (0.45) its 128 x 128
+    weights takes. Adding up the partial sums takes 5 and 1.5 for each of them. Fitted to 27 problems: within 5% of the best.
+    """
+    steps = -(-p.k // step)
+    active = p.num_experts * (1 - (1 - 1 / p.num_experts) ** p.num_pairs)
+    programs = -(-p.n // rows) * active / (units or UNITS)
+    each = 0.30 if p.element == "e2m1" else 0.45
+    best, least = 1, float("inf")
+    for split in (1, 2, 4, 8):
+        if split > steps:
+            break
+        time = -(-steps // split) * max(1.0, each * programs * split) + (5 + 1.5 * split if split > 1 else 0)
+        if time < 0.97 * least:
+            best, least = split, time
+    return best
+
+
+def choose_config(p: Problem, pairs: int, units: int = UNITS) -> Config:
+    """The configuration for blocks of ``pairs`` pairs. units: multiprocessors of the device."""
+    plain = p.element == ""
+    rows = min(128, max(64, 1 << (p.n - 1).bit_length()))
+    step = 64 if plain else 128
+    few = p.num_pairs <= 64
+    each = p.num_pairs / p.num_experts
+    if pairs <= 16:
+        if plain:
+            return Config(pairs, rows, step, 4, 8, pdl=few)
+        stages = 4 if p.element == "e2m1" else 3
+        split = best_split(p, rows, step, units) if few else 1
+        return Config(pairs, rows, step, 4, stages, split, maxnreg=128, pdl=few)
+    if pairs <= 64:
+        levels = 2 if pairs == 32 or each < 48 else 3
+        return Config(pairs, rows, step, 4, 4 if plain else 3, levels=levels, maxnreg=0 if plain else 168)
+    small = p.element == "e2m1" and p.block == 32  # three stages fit twice
+    config = Config(pairs, rows, step, 4, 3 if small or plain else 2, levels=3)
+    if p.expert_bytes > 24e6 and each >= 256:
+        config = replace(config, group=8)
+        if not small and not plain and each >= 2048 and p.n >= 256:
+            config = replace(config, rows=256, warps=8, stages=3, mask=False)
+    return config

@@ -1,82 +1,141 @@
-"""What happens to an output tile in registers: the activation, and the quantization of its rows."""
+"""Epilogue of the packed GEMMs: what happens to a tile's float32 sums before and as they are stored.
 
-from __future__ import annotations
+    o = row_weight * act(alpha * acc + bias);  y[pair, column] = o
+
+Letters: N packed weight rows and M pairs of a tile. Gated rows come as [8 gates | 8 ups], so that one thread holds both.
+"""
 
 import triton
 import triton.language as tl
 
-from .bits import block_amax, e8m0_byte, e8m0_reciprocal, element_bits, encode
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
 @triton.jit
-def activated(g, u, alpha, beta, limit, KIND: tl.constexpr, GATED: tl.constexpr, CLAMP: tl.constexpr):
-    """The formulas of ``Activation`` in float32; u is not used where not GATED, limit only where CLAMP. NaN stays NaN."""
-    if CLAMP:
-        g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
-        if GATED:
-            u = tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL)
-            u = tl.minimum(u, limit, propagate_nan=tl.PropagateNan.ALL)
-    if KIND == "swiglu_oai":
-        return g * tl.sigmoid(alpha * g) * (u + beta)
+def _gate(g, alpha, KIND: tl.constexpr):
     if KIND == "silu":
-        f = g * tl.sigmoid(g)
+        return g * tl.sigmoid(g)
+    elif KIND == "swiglu_oai":
+        return g * tl.sigmoid(alpha * g)
     elif KIND == "gelu":
-        f = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
     elif KIND == "gelu_tanh":
-        # (1 + tanh(z)) / 2 = sigmoid(2 z), without the cancellation
-        f = g * tl.sigmoid(1.5957691216057308 * g * (1.0 + 0.044715 * g * g))
+        return 0.5 * g * (1.0 + _tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)))
     elif KIND == "relu2":
-        r = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        f = r * r
+        r = tl.maximum(g, 0.0)
+        return r * r
     else:
-        f = g
-    if GATED:
-        f = f * u
-    return f
+        return g
 
 
 @triton.jit
-def store_quantized(
-    out,  # [M, C] float32
-    data,
-    scale,
-    row,  # [M] int64, rows of the result
-    live,  # [M]
-    col,  # the tile's first column
-    width,  # columns of the result
-    ELEMENT: tl.constexpr,
-    RULE: tl.constexpr,
-    B: tl.constexpr,
-):
-    """Quantize the tile along its columns with E8M0 scales, as ``reference.quantize`` does, and store codes and scales."""
-    M: tl.constexpr = out.shape[0]
-    C: tl.constexpr = out.shape[1]
-    BITS: tl.constexpr = element_bits(ELEMENT)
-    blocks = out.reshape(M * (C // B), B)
-    bits = block_amax(blocks)
-    byte = e8m0_byte(bits, ELEMENT, RULE)
-    bad = bits > 0x7F800000
-    code = encode(blocks * e8m0_reciprocal(byte)[:, None], ELEMENT)
-    code = tl.where(bad[:, None], 0, code).reshape(M, C)
-    s = col // B + tl.arange(0, C // B)
-    inside = live[:, None] & (s < width // B)[None, :]
-    tl.store(scale + row[:, None] * (width // B) + s[None, :], byte.reshape(M, C // B).to(tl.uint8), mask=inside)
-    if BITS == 8:
-        c = col + tl.arange(0, C)
-        tl.store(data + row[:, None] * width + c[None, :], code.to(tl.uint8), mask=live[:, None] & (c < width)[None, :])
-    elif BITS == 4:
-        low, high = tl.split(code.reshape(M, C // 2, 2))
-        c = col // 2 + tl.arange(0, C // 2)
-        p = data + row[:, None] * (width // 2) + c[None, :]
-        tl.store(p, (low | (high << 4)).to(tl.uint8), mask=live[:, None] & (c < width // 2)[None, :])
+def outputs(row0, n, N: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr):
+    """(output column, whether there is one, bias of the gate or row, bias of the up): int32, for the N rows at ``row0``."""
+    half = n // 2
+    if GATED and ACT != "":  # a gate and an up make one output
+        j = row0 // 2 + tl.arange(0, N // 2)
+        inside = j < half
+        if INTERLEAVED:
+            i0 = 2 * j
+            i1 = 2 * j + 1
+        else:
+            i0 = j
+            i1 = half + j
+    elif GATED:  # no activation: rows go back to where the weight had them
+        row = row0 + tl.arange(0, N)
+        index = row // 16 * 8 + row % 8
+        inside = index < half
+        if INTERLEAVED:
+            j = 2 * index + row % 16 // 8
+        else:
+            j = row % 16 // 8 * half + index
+        i0 = j
+        i1 = j
     else:
-        even, odd = tl.split(code.reshape(M, C // 4, 2, 2))
-        c0, c2 = tl.split(even)
-        c1, c3 = tl.split(odd)
-        word = c0 | (c1 << 6) | (c2 << 12) | (c3 << 18)
-        c = col // 4 + tl.arange(0, C // 4)
-        p = data + row[:, None] * (width // 4 * 3) + (c * 3)[None, :]
-        ok = live[:, None] & (c < width // 4)[None, :]
-        tl.store(p, (word & 255).to(tl.uint8), mask=ok)
-        tl.store(p + 1, ((word >> 8) & 255).to(tl.uint8), mask=ok)
-        tl.store(p + 2, ((word >> 16) & 255).to(tl.uint8), mask=ok)
+        j = row0 + tl.arange(0, N)
+        inside = j < n
+        i0 = j
+        i1 = j
+    return j, inside, i0, i1
+
+
+@triton.jit
+def _finish(
+    acc,  # [N, M]
+    scale,  # float32, alpha[e]
+    b0,  # float32 [N], or [N / 2] for gates
+    b1,  # float32 [N / 2], for ups
+    weight,  # float32 [M], of the pairs
+    act_alpha,
+    act_beta,
+    act_limit,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
+    """Scale, bias, activation, row weight: float32 [N or N / 2, M]."""
+    if HAS_ALPHA:
+        acc = acc * scale
+    if GATED and ACT != "":
+        g, u = tl.split(acc.reshape(N // 16, 2, 8, M).permute(0, 2, 3, 1))
+        g = g.reshape(N // 2, M)
+        u = u.reshape(N // 2, M)
+        if HAS_BIAS:
+            g += b0[:, None]
+            u += b1[:, None]
+        if LIMIT:
+            g = tl.minimum(g, act_limit)
+            u = tl.minimum(tl.maximum(u, -act_limit), act_limit)
+        if ACT == "swiglu_oai":
+            u = u + act_beta
+        o = _gate(g, act_alpha, ACT) * u
+    else:
+        o = acc
+        if HAS_BIAS:
+            o += b0[:, None]
+        if ACT != "":
+            if LIMIT:
+                o = tl.minimum(o, act_limit)
+            o = _gate(o, act_alpha, ACT)
+    if HAS_WEIGHT:
+        o = o * weight[None, :]
+    return o
+
+
+@triton.jit
+def store(
+    acc, y, sorted_ids, bias, row_weight, first, pair, live, pairs, n, scale, row0, b0, b1, weight,
+    act_alpha, act_beta, act_limit,
+    N: tl.constexpr, M: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    EARLY: tl.constexpr, WIDE: tl.constexpr, RELOAD: tl.constexpr,
+):  # fmt: skip
+    """Epilogue and store; loads what ``_tile`` did not load before the K loop."""
+    j, inside, i0, i1 = outputs(row0, n, N, GATED, INTERLEAVED, ACT)
+    if not EARLY:
+        if RELOAD:  # another cache modifier, or it becomes one with the load before the K loop
+            pair = tl.load(sorted_ids + first + tl.arange(0, M), cache_modifier=".cg")
+            live = pair < pairs
+            pair = tl.where(live, pair, 0)
+        if HAS_BIAS:
+            b0 = tl.load(bias + i0, mask=inside, other=0.0).to(tl.float32)
+            b1 = tl.load(bias + i1, mask=inside, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            weight = tl.load(row_weight + pair, mask=live, other=0.0)
+    o = _finish(
+        acc, scale, b0, b1, weight, act_alpha, act_beta, act_limit,
+        N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
+    )  # fmt: skip
+    width = n // 2 if GATED and ACT != "" else n
+    if WIDE:
+        pair = pair.to(tl.int64)
+    out = y + pair[:, None] * width + j[None, :]
+    tl.store(out, o.to(y.dtype.element_ty).trans(), mask=live[:, None] & inside[None, :])

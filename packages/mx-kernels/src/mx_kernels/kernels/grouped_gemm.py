@@ -11,119 +11,26 @@ expert without multiplying by rows that are not there. With split K, each progra
 to arrive adds them up in a fixed order, so the result does not depend on which one that is.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from ..formats import FORMATS
-from ..tuning import Config, choose_config
+from ..tuning import Config, Problem, choose_config
 from .dot import packed_dot
+from .epilogue import outputs, store
 
 SORTED: tl.constexpr = tl.constexpr(0)
 PAIR: tl.constexpr = tl.constexpr(1)
 SELF: tl.constexpr = tl.constexpr(2)
 DENSE: tl.constexpr = tl.constexpr(3)
-
-
-@triton.jit
-def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
-
-
-@triton.jit
-def _gate(g, alpha, KIND: tl.constexpr):
-    if KIND == "silu":
-        return g * tl.sigmoid(g)
-    elif KIND == "swiglu_oai":
-        return g * tl.sigmoid(alpha * g)
-    elif KIND == "gelu":
-        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    elif KIND == "gelu_tanh":
-        return 0.5 * g * (1.0 + _tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)))
-    elif KIND == "relu2":
-        r = tl.maximum(g, 0.0)
-        return r * r
-    else:
-        return g
-
-
-@triton.jit
-def _finish(
-    acc,  # [N, M]
-    y,
-    pair,  # [M]
-    live,
-    scale,  # float32, alpha[e]
-    bias,  # the expert's
-    row_weight,
-    row0,  # the tile's first packed row
-    n,  # logical weight rows
-    act_alpha,
-    act_beta,
-    act_limit,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ACT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-):
-    """Scale, bias, activation, row weight, store."""
-    if HAS_ALPHA:
-        acc = acc * scale
-    if GATED and ACT != "":
-        half = n // 2
-        j = row0 // 2 + tl.arange(0, N // 2)
-        inside = j < half
-        g, u = tl.split(acc.reshape(N // 16, 2, 8, M).permute(0, 2, 3, 1))
-        g = g.reshape(N // 2, M)
-        u = u.reshape(N // 2, M)
-        if HAS_BIAS:
-            if INTERLEAVED:
-                g += tl.load(bias + 2 * j, mask=inside, other=0.0).to(tl.float32)[:, None]
-                u += tl.load(bias + 2 * j + 1, mask=inside, other=0.0).to(tl.float32)[:, None]
-            else:
-                g += tl.load(bias + j, mask=inside, other=0.0).to(tl.float32)[:, None]
-                u += tl.load(bias + half + j, mask=inside, other=0.0).to(tl.float32)[:, None]
-        if LIMIT:
-            g = tl.minimum(g, act_limit)
-            u = tl.minimum(tl.maximum(u, -act_limit), act_limit)
-        if ACT == "swiglu_oai":
-            u = u + act_beta
-        o = _gate(g, act_alpha, ACT) * u
-        width = half
-    else:
-        row = row0 + tl.arange(0, N)
-        if GATED:  # rows back to where the weight had them
-            half = n // 2
-            index = row // 16 * 8 + row % 8
-            up = row % 16 // 8
-            if INTERLEAVED:
-                j = 2 * index + up
-            else:
-                j = up * half + index
-            inside = index < half
-        else:
-            j = row
-            inside = j < n
-        o = acc
-        if HAS_BIAS:
-            o += tl.load(bias + j, mask=inside, other=0.0).to(tl.float32)[:, None]
-        if ACT != "":
-            if LIMIT:
-                o = tl.minimum(o, act_limit)
-            o = _gate(o, act_alpha, ACT)
-        width = n
-    if HAS_WEIGHT:
-        o = o * tl.load(row_weight + pair, mask=live, other=0.0)[None, :]
-    o = o.to(y.dtype.element_ty).trans()
-    tl.store(y + pair[:, None] * width + j[None, :], o, mask=live[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -134,24 +41,35 @@ def _tile(
     M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     TAIL: tl.constexpr, CLAMP: tl.constexpr, MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr, RELOAD: tl.constexpr, PTX: tl.constexpr, INTERPRET: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr, ROUTE: tl.constexpr, PTX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """N weight rows times M pairs: K loop, reduction over splits, epilogue."""
     live = pair < pairs
     pair = tl.where(live, pair, 0)
-    if WIDE:
-        pair = pair.to(tl.int64)
     if CLAMP:  # fewer rows than N: repeat the last
         strip = tl.minimum(strip0 + tl.arange(0, N // 16), strips - 1)
         row = tl.minimum(strip0 * 16 + tl.arange(0, N), rows - 1)
     else:
         strip = strip0 + tl.arange(0, N // 16)
         row = strip0 * 16 + tl.arange(0, N)
+    EARLY: tl.constexpr = M <= 32  # hide the latency of what the epilogue loads; larger tiles need the registers
+    b0 = 0.0
+    b1 = 0.0
+    weight = 0.0
+    if EARLY and HAS_BIAS:
+        _, inside, i0, i1 = outputs(strip0 * 16, n, N, GATED, INTERLEAVED, ACT)
+        b0 = tl.load(bias + i0, mask=inside, other=0.0).to(tl.float32)
+        b1 = tl.load(bias + i1, mask=inside, other=0.0).to(tl.float32)
+    if EARLY and HAS_WEIGHT:
+        weight = tl.load(row_weight + pair, mask=live, other=0.0)
+    at = pair // TOP_K
+    if WIDE:
+        at = at.to(tl.int64)
     steps = tl.cdiv(k, BK)
     if SPLIT > 1:
         steps = (steps - split + SPLIT - 1) // SPLIT
     acc = packed_dot(
-        tl.zeros((N, M), tl.float32), x, pair // TOP_K * x_stride, live, w, s, row if KIND == "" else strip, row,
+        tl.zeros((N, M), tl.float32), x, at * x_stride, live, w, s, row if KIND == "" else strip, row,
         w_step, s_step, k, split, steps, piece_stride,
         N, M, BK, KIND, BLOCK, SPLIT, TAIL, MASK_ROWS, PIECES, EVICT, PTX, INTERPRET,
     )  # fmt: skip
@@ -170,18 +88,21 @@ def _tile(
             for q in tl.static_range(SPLIT):
                 acc += tl.load(part + q * (M * N), mask=column, other=0.0, cache_modifier=".cg")
             tl.store(counter + slot, 0)
-        if (
-            RELOAD
-        ):  # frees the registers that hold them during the K loop; another cache modifier, or the two loads become one
-            pair = tl.load(sorted_ids + first + tl.arange(0, M), cache_modifier=".cg")
-            live = pair < pairs
-            pair = tl.where(live, pair, 0)
-            if WIDE:
-                pair = pair.to(tl.int64)
-        _finish(
-            acc, y, pair, live, scale, bias, row_weight, strip0 * 16, n, act_alpha, act_beta, act_limit,
-            N, M, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
+        store(
+            acc, y, sorted_ids, bias, row_weight, first, pair, live, pairs, n, scale, strip0 * 16, b0, b1, weight,
+            act_alpha, act_beta, act_limit,
+            N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, INTERLEAVED, EARLY, WIDE, ROUTE == SORTED,
         )  # fmt: skip
+
+
+@triton.jit
+def _ones(x):  # int64 -> int32, the number of ones
+    x -= (x >> 1) & 0x5555555555555555
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    x += x >> 8
+    x += x >> 16
+    return ((x + (x >> 32)) & 0x7F).to(tl.int32)
 
 
 @triton.jit
@@ -194,7 +115,7 @@ def _pairs(sorted_ids, first, pairs, M: tl.constexpr, ROUTE: tl.constexpr):
         return column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts", "pairs", "blocks", "piece_stride", "act_alpha", "act_beta", "act_limit"])
 def _grouped_gemm_packed_kernel(
     x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,
     experts, n, k, strips, rows, w_expert, w_step, s_expert, s_step, x_stride, piece_stride, pairs, blocks,
@@ -246,14 +167,17 @@ def _grouped_gemm_packed_kernel(
         other = tl.arange(0, 64)
         ids = tl.load(expert_ids + other, mask=other < pairs, other=-1)
         e = tl.load(expert_ids + block)
-        same = ids == e
-        rank = tl.cumsum(same.to(tl.int32), 0) - 1
-        mine = tl.sum((same & (other < block)).to(tl.int32), 0)  # pairs of this expert before mine
-        if mine % BM != 0:
+        mine = tl.sum((ids == e).to(tl.int64) << other.to(tl.int64), 0)  # a bit for each pair of this expert
+        before = _ones(mine & ((tl.full((), 1, tl.int64) << block.to(tl.int64)) - 1))
+        if before % BM != 0:
             return  # another program computes this pair
-        wanted = same[None, :] & (rank[None, :] == mine + column[:, None])
-        pair = tl.sum(tl.where(wanted, other[None, :] - pairs, 0), 1) + pairs
-        count = tl.minimum(tl.sum(same.to(tl.int32), 0) - mine, BM)
+        count = tl.minimum(_ones(mine) - before, BM)
+        for _ in range(before):
+            mine &= mine - 1
+        pair = tl.full((BM,), 0, tl.int32) + pairs
+        for i in range(count):
+            pair = tl.where(column == i, _ones((mine & -mine) - 1), pair)
+            mine &= mine - 1
     if ROUTE != DENSE:
         if (e < 0) | (e >= experts):
             return
@@ -278,7 +202,7 @@ def _grouped_gemm_packed_kernel(
             x, w, s, y, sorted_ids, bias, row_weight, partial, counter, block * BM, few, count, scale, strip0, strips, rows, w_step, s_step, n, k,
             x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit, QUARTER, N, BK, KIND, BLOCK,
             SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-            WIDE, TOP_K, ROUTE == SORTED and BM > 32, PTX, INTERPRET,
+            WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
     elif LEVELS > 1 and count <= HALF:
         half = _pairs(sorted_ids, block * BM, pairs, HALF, ROUTE)
@@ -286,14 +210,14 @@ def _grouped_gemm_packed_kernel(
             x, w, s, y, sorted_ids, bias, row_weight, partial, counter, block * BM, half, count, scale, strip0, strips, rows, w_step, s_step, n, k,
             x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit, HALF, N, BK, KIND, BLOCK,
             SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-            WIDE, TOP_K, ROUTE == SORTED and BM > 32, PTX, INTERPRET,
+            WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
     else:
         _tile(
             x, w, s, y, sorted_ids, bias, row_weight, partial, counter, block * BM, pair, count, scale, strip0, strips, rows, w_step, s_step, n, k,
             x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit, BM, N, BK, KIND, BLOCK,
             SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-            WIDE, TOP_K, ROUTE == SORTED and BM > 32, PTX, INTERPRET,
+            WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
 
 
@@ -303,10 +227,24 @@ INTERPRET = not isinstance(
     _grouped_gemm_packed_kernel, triton.JITFunction
 )  # in Triton's interpreter bf16 products are wrong
 
-_SIZES = ("experts", "n", "k", "strips", "rows", "w_expert", "w_step", "s_expert", "s_step", "x_stride")
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_PLANS = 4096  # launches that are remembered
+_plans: dict[tuple, "_Plan"] = {}
 _counters: dict[tuple[int, int], Tensor] = {}
-_units: dict[int, int] = {}
+
+
+@dataclass
+class _Plan:
+    """A launch without its tensors. ``run``: the compiled kernel, once it is known."""
+
+    sizes: tuple[int | float, ...]
+    constants: tuple
+    options: dict[str, int]
+    programs: int
+    words: bool
+    partial: int
+    tiles: int
+    run: Callable[..., None] | None = None
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -330,6 +268,15 @@ def _counter(device: torch.device, count: int) -> Tensor:
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             _counters[key] = held
     return held
+
+
+@functools.cache
+def _facts(device: torch.device) -> tuple[int, bool]:
+    """(multiprocessors or 0, programmatic dependent launch)."""
+    if device.type != "cuda":
+        return 0, False
+    p = torch.cuda.get_device_properties(device)
+    return p.multi_processor_count, torch.version.hip is None and p.major >= 9
 
 
 def grouped_gemm_packed(
@@ -365,69 +312,129 @@ def grouped_gemm_packed(
     y = torch.empty((num_pairs, n // 2 if gated else n), dtype=out_dtype, device=x.device)
     if num_pairs == 0:
         return y
-    f = FORMATS[w_format] if w_format else None
-    kind = "" if f is None else ("e4m3" if f.element.bits == 6 else f.element.name)
-    experts = w.shape[0]
-    if expert_ids is None:
-        route, block = 3, 64 if num_pairs > 32 else 16
-        if num_pairs > 2048:
-            block = 128
-    elif sorted_ids is None:
-        route, block = (1 if tokens == 1 or num_pairs > 64 else 2), 16
-    else:
-        route, block = 0, block_size
-    if not 16 <= block <= 128:
-        raise ValueError(f"the alignment has blocks of {block_size} pairs, packed weights need 16, 32, 64 or 128")
-    dtype = w.dtype if f is None else torch.bfloat16
-    x = pieces(x, dtype)
-    count = x.shape[0] if x.ndim == 3 else 1
-    units = _units.get(x.device.index or 0)
-    if units is None:
-        units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 0
-        _units[x.device.index or 0] = units
-    if f is None:
-        rows, width = w.shape[1:]
-        strips = -(-rows // 16)
-        steps = (w.stride(0), width, 0, 0)
-        tail = 0 if k == width else 2
-    else:
-        strips, width = w.shape[2], w.shape[1] * (64 if kind == "e2m1" else 32)
-        rows = w_scale.shape[2]
-        steps = (w.stride(0), w.stride(1), w_scale.stride(0), w_scale.stride(1))
-        tail = 2 if k < width else int(k % 128 != 0)
-    c = config or choose_config(kind, block, num_pairs, experts, strips * 16, k, units)
-    tiles = -(-strips * 16 // c.rows)
-    blocks = num_pairs if route in (1, 2) else expert_ids.shape[0] if route == 0 else -(-num_pairs // block)
+    x = pieces(x, w.dtype if not w_format else torch.bfloat16)
+    blocks = 0 if expert_ids is None else expert_ids.shape[0]
+    route = DENSE if expert_ids is None else SORTED if sorted_ids is not None else SELF
+    key = (
+        *(
+            x.shape,
+            x.stride(),
+            w.shape,
+            w.dtype,
+            w_format,
+            n,
+            k,
+            w_gated,
+            w_layout,
+            route.value,
+            blocks,
+            block_size,
+            num_pairs,
+        ),
+        *(tokens, top_k, act, gated, alpha, beta, limit, out_dtype, x.device, config),
+        *(w_alpha is None, row_weight is None, None if bias is None else bias.dtype),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _PLANS:
+            _plans.clear()
+        strides = () if w_scale is None else w_scale.stride()
+        scale_rows = 0 if w_scale is None else w_scale.shape[2]
+        plan = _plans[key] = _plan(*key, w.stride(), strides, scale_rows)
     partial = counter = y
-    if c.split > 1:
-        partial = torch.empty((blocks * tiles * c.split * c.pairs * c.rows,), dtype=torch.float32, device=x.device)
-        counter = _counter(x.device, blocks * tiles)
-    ptx = x.device.type in ("cuda", "meta") and torch.version.hip is None  # meta: to compile without a device
-    wide = x.numel() >= 2**31 or y.numel() >= 2**31
-    has = (w_alpha is not None, bias is not None, row_weight is not None)
-    options = {"num_warps": c.warps, "num_stages": c.stages}
-    if c.maxnreg and ptx:
-        options["maxnreg"] = c.maxnreg
-    if c.pdl:
-        options["launch_pdl"] = True
+    if plan.partial:
+        partial = torch.empty((plan.partial,), dtype=torch.float32, device=x.device)
+        counter = _counter(x.device, plan.tiles)
+    if plan.words:
+        w = w.view(torch.int32)
+    given = (w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight)
+    w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight = (y if t is None else t for t in given)
     _launch(
-        (
-            *(x, w if ptx or f is None else w.view(torch.int32), y if w_scale is None else w_scale, y),
-            *(y if t is None else t for t in (sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight)),
-            *(partial, counter, experts, n, k, strips, rows),
-            *(steps if ptx or f is None else (steps[0] // 4, steps[1] // 4, *steps[2:])),
-            *(x.stride(-2), x.stride(0) if count > 1 else 0, num_pairs, blocks, alpha, beta, limit),
-        ),
-        (
-            *(block, c.rows, c.step, kind, 32 if f is None else f.block, route, c.split, c.group, c.levels, tail),
-            *(strips * 16 < c.rows, c.mask, count, c.evict, w_gated, w_layout == "interleaved", act, limit != math.inf),
-            *(*has, wide, top_k, c.pdl, ptx, INTERPRET),
-        ),
-        options,
-        blocks * tiles * c.split,
+        plan,
+        (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter),
     )
     return y
 
 
-def _launch(args: tuple, constants: tuple, options: dict[str, int], programs: int) -> None:
-    _grouped_gemm_packed_kernel[(programs,)](*args, *constants, **options)
+def _plan(
+    shape, stride, w_shape, w_dtype, w_format, n, k, w_gated, w_layout, route, blocks, block, num_pairs, tokens, top_k, act,
+    gated, alpha, beta, limit, out_dtype, device, config, no_alpha, no_weight, bias, w_stride, s_stride, scale_rows,
+) -> _Plan:  # fmt: skip
+    """Everything about a launch that follows from sizes."""
+    f = FORMATS[w_format] if w_format else None
+    kind = "" if f is None else ("e4m3" if f.element.bits == 6 else f.element.name)
+    experts = w_shape[0]
+    if route == DENSE.value:
+        block = 16 if num_pairs <= 32 else 64 if num_pairs <= 2048 else 128
+        blocks = -(-num_pairs // block)
+    elif route == SELF.value:
+        block = 16
+        if tokens == 1 or num_pairs > 64:  # a token's experts differ; many pairs over even more experts mostly do
+            route = PAIR.value
+    if not 16 <= block <= 128:
+        raise ValueError(f"the alignment has blocks of {block} pairs, packed weights need 16, 32, 64 or 128")
+    ptx = device.type in ("cuda", "meta") and torch.version.hip is None  # meta: to compile without a device
+    if f is None:
+        rows, width = w_shape[1:]
+        strips, strides, tail = -(-rows // 16), (w_stride[0], width, 0, 0), 0 if k == width else 2
+    else:
+        rows, strips, width = scale_rows, w_shape[2], w_shape[1] * (64 if kind == "e2m1" else 32)
+        strides, tail = (w_stride[0], w_stride[1], s_stride[0], s_stride[1]), 2 if k < width else int(k % 128 != 0)
+    if f is not None and not ptx:
+        strides = (strides[0] // 4, strides[1] // 4, *strides[2:])
+    units, dependent = _facts(device)
+    problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
+    c = config or choose_config(problem, block, units)
+    pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
+    tiles = -(-strips * 16 // c.rows)
+    count = shape[0] if len(shape) == 3 else 1
+    largest = max(math.prod(shape), num_pairs * n)
+    options = {"num_warps": c.warps, "num_stages": c.stages}
+    if c.maxnreg and ptx:
+        options["maxnreg"] = c.maxnreg
+    if pdl:
+        options["launch_pdl"] = True
+    sizes = (
+        *(experts, n, k, strips, rows, *strides, stride[-2], stride[0] if count > 1 else 0, num_pairs, blocks),
+        *(alpha, beta, limit),
+    )
+    constants = (
+        *(
+            block,
+            c.rows,
+            c.step,
+            kind,
+            problem.block,
+            route,
+            c.split,
+            c.group,
+            c.levels,
+            tail,
+            strips * 16 < c.rows,
+            c.mask,
+        ),
+        *(count, c.evict, w_gated, w_layout == "interleaved", act, limit != math.inf, not no_alpha, bias is not None),
+        *(not no_weight, largest >= 2**31, top_k, pdl, ptx, INTERPRET),
+    )
+    partial = blocks * tiles * c.split * block * c.rows if c.split > 1 else 0
+    return _Plan(
+        sizes, constants, options, blocks * tiles * c.split, f is not None and not ptx, partial, blocks * tiles
+    )
+
+
+def _launch(plan: _Plan, tensors: tuple[Tensor, ...]) -> None:
+    """Launch, past Triton's own dispatch once the kernel is known (most of the host's time otherwise)."""
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(plan, tensors)
+    unaligned = 0
+    for t in tensors:
+        unaligned |= t.data_ptr()
+    if plan.run is not None and not unaligned & 15:
+        plan.run(*tensors, *plan.sizes, *plan.constants)
+        return None
+    compiled = _grouped_gemm_packed_kernel[(plan.programs,)](*tensors, *plan.sizes, *plan.constants, **plan.options)
+    if isinstance(compiled, CompiledKernel) and not unaligned & 15:
+        plan.run = compiled[(plan.programs, 1, 1)]
+    return None

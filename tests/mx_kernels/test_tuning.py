@@ -1,0 +1,91 @@
+"""The chooser: legal for every problem, and what was measured to be right on an H200."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mx_kernels as mk
+from mx_kernels.tuning import Config, Problem, best_split, block_pairs, choose_config
+
+SHARED = 232448  # bytes of shared memory a block may have on sm_90
+
+
+def shared_bytes(c: Config, p: Problem) -> float:
+    """Activations are buffered in every stage, codes and scales (which go on to registers) in one fewer."""
+    codes = {"e2m1": 0.5, "": 2.0}.get(p.element, 1.0) * c.rows * c.step
+    scales = 0 if p.element == "" else c.rows * c.step / p.block
+    weights = (codes + scales) * (c.stages if p.element == "" else c.stages - 1)
+    return 2.0 * c.pairs * c.step * c.stages + weights
+
+
+problems = st.builds(
+    Problem,
+    element=st.sampled_from(["e2m1", "e4m3", "e5m2", ""]),
+    block=st.sampled_from([16, 32]),
+    num_pairs=st.integers(1, 1 << 20),
+    num_experts=st.integers(1, 512),
+    n=st.integers(1, 4096).map(lambda strips: 16 * strips),
+    k=st.integers(1, 512).map(lambda blocks: 32 * blocks),
+)
+
+
+@given(problems, st.sampled_from([0, 16, 32, 64, 128]), st.sampled_from([0, 8, 132, 304]))
+@settings(max_examples=300, deadline=None)
+def test_every_choice_is_legal(p, pairs, units):
+    pairs = pairs or block_pairs(p.num_pairs, p.num_experts)
+    c = choose_config(p, pairs, units)
+    assert c.pairs == pairs
+    assert c.rows in (64, 128, 256)
+    assert c.split in (1, 2, 4, 8)
+    assert c.split <= -(-p.k // c.step)
+    assert c.pairs // (1 << (c.levels - 1)) >= 16
+    assert c.split == 1 or c.group == 1
+    assert shared_bytes(c, p) <= SHARED
+    assert c.rows <= max(64, 2 * p.n)
+
+
+@given(st.integers(1, 1 << 20), st.integers(1, 512))
+def test_blocks_grow_with_the_pairs_of_an_expert(pairs, experts):
+    assert block_pairs(pairs, experts) <= block_pairs(2 * pairs, experts)
+    assert block_pairs(pairs, experts) in (16, 32, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("element", "pairs", "experts", "n", "k", "split"),
+    [  # fastest of 1, 2, 4 and 8 on an H200, or within 3%
+        ("e2m1", 4, 128, 5760, 2880, 2),
+        ("e2m1", 4, 128, 2880, 2880, 4),
+        ("e2m1", 16, 128, 5760, 2880, 1),
+        ("e2m1", 16, 128, 2880, 2880, 1),
+        ("e2m1", 8, 128, 2048, 768, 1),
+        ("e2m1", 32, 128, 1536, 2048, 1),
+        ("e2m1", 2, 8, 4096, 14336, 8),
+        ("e2m1", 32, 8, 4096, 14336, 2),
+        ("e2m1", 32, 8, 28672, 4096, 1),
+        ("e4m3", 4, 128, 2880, 2880, 4),
+        ("e4m3", 16, 128, 5760, 2880, 1),
+        ("e4m3", 2, 8, 4096, 14336, 4),
+        ("e4m3", 2, 8, 28672, 4096, 1),
+        ("e4m3", 8, 8, 4096, 14336, 2),
+    ],
+)
+def test_split_where_it_was_measured(element, pairs, experts, n, k, split):
+    assert best_split(Problem(element, 32, pairs, experts, n, k), 128, 128, 132) == split
+
+
+def test_two_programs_fit_a_multiprocessor():
+    """228 KiB, and each program takes one KiB more than it asks for."""
+    for element, block in (("e2m1", 32), ("e2m1", 16), ("e4m3", 32), ("", 32)):
+        p = Problem(element, block, 4096, 32, 5760, 2880)
+        c = choose_config(p, 128)
+        assert 2 * (shared_bytes(c, p) + 1024) <= 228 * 1024
+
+
+def test_block_size_knows_packed_weights():
+    w = mk.pack(mk.quantize(torch.randn(128, 32, 64), mk.MXFP4))
+    assert mk.block_size(32 * 128, 128, "cpu", w) == 16
+    assert mk.block_size(32 * 128, 128, "cuda", w) == 64
+    assert mk.block_size(64 * 128, 128, "cuda", w) == 128

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mx_kernels as mk
@@ -171,6 +172,38 @@ def test_offline(cls):
     method.process_weights_after_loading(layer)
     assert same(method.weights(layer), expected(s, OFFLINE[cls]))
     assert pointers == [t.data_ptr() for _, t in method.weights(layer).named_tensors()]
+
+
+def test_gpt_oss_tensors_as_they_are_on_disk(tmp_path):
+    """Blocks and scales of a gpt-oss checkpoint, loaded flat, give what the layout's own reader gives."""
+    prefix = "model.layers.0.mlp.experts"
+    source = {
+        f"{prefix}.gate_up_proj": torch.randn(E, H, 2 * I).bfloat16(),
+        f"{prefix}.gate_up_proj_bias": torch.randn(E, 2 * I).bfloat16(),
+        f"{prefix}.down_proj": torch.randn(E, I, H).bfloat16(),
+        f"{prefix}.down_proj_bias": torch.randn(E, H).bfloat16(),
+    }
+    (tmp_path / "src").mkdir()
+    save_file(source, tmp_path / "src" / "model.safetensors")
+    (tmp_path / "src" / "config.json").write_text('{"model_type": "gpt_oss"}')
+    mq.quantize_checkpoint(tmp_path / "src", tmp_path / "out", "mxfp4", layout="gpt-oss", jobs=1)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    disk = {n.removeprefix(prefix + "."): t for n, t in load_file(file).items()}
+    assert disk["gate_up_proj_blocks"].shape == (E, 2 * I, H // 32, 16)
+    method, layer = mq.Mxfp4MoEMethod(), nn.Module()
+    method.create_weights(layer, E, H, I, bias=True)
+    state = {}
+    for ours, theirs in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+        state[f"{ours}_weight"] = disk[f"{theirs}_blocks"].flatten(-2)
+        state[f"{ours}_weight_scale"] = disk[f"{theirs}_scales"]
+        state[f"{ours}_bias"] = disk[f"{theirs}_bias"]
+    layer.load_state_dict(state)
+    method.process_weights_after_loading(layer)
+    with mq.Checkpoint(tmp_path / "out") as checkpoint:
+        assert same(method.weights(layer), mq.read_experts(checkpoint, prefix))
+    rows = source[f"{prefix}.gate_up_proj"].permute(0, 2, 1)
+    canonical = torch.cat((rows[:, 0::2], rows[:, 1::2]), 1).contiguous()
+    assert torch.equal(method.weights(layer).w13.data, mk.quantize(canonical, mk.MXFP4).data)
 
 
 def test_reordering_happens_once_even_if_the_factory_fails():

@@ -224,8 +224,12 @@ class Loader:
             if param in s.whole:
                 for e in range(f.num_experts):
                     builder.put(e, part, self._slice(s, param, e), name=f"{s.whole[param]}[{e}]", layout=layout)
+        joint: dict[int, Tensor] = {}  # one global scale for gate and up of an expert, found by reading both first
         for (e, part), name in s.weights.items():
-            g = self._joint(s, e) if part in ("gate", "up") and f.gated and scheme.weight.has_global_scale else None
+            shares = part in ("gate", "up") and f.gated and scheme.weight.has_global_scale
+            if shares and e not in joint:
+                joint[e] = self._joint(s, e)
+            g = joint[e] if shares else None
             builder.put(e, part, self.reader.read(name), name=name, global_scale=g)
         owner = self.model.get_submodule(module)
         biases = []

@@ -16,6 +16,7 @@ from mx_quant import layouts
 from mx_quant.layouts import LAYOUTS, TensorInfo, WeightRef
 
 NAME = "model.layers.0.mlp.up_proj.weight"
+ORIGINAL = "block.0.mlp.mlp1_weight"
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 
 
@@ -23,9 +24,9 @@ def stored(name, f, **more):
     """(configs, infos) of a checkpoint with one weight in a layout."""
     layout = LAYOUTS[name]
     fused = "linear" not in layout.kinds
-    ref = (
-        WeightRef(EXPERTS, "fused_expert", (2, 32, 64), f) if fused else WeightRef(NAME, "linear", (32, 64), f, **more)
-    )
+    ref = WeightRef(NAME, "linear", (32, 64), f, **more)
+    if fused:
+        ref = WeightRef(ORIGINAL if name == "gpt-oss-original" else EXPERTS, "fused_expert", (2, 32, 64), f)
     infos = layout.plan(ref)
     configs = layout.config(
         {"config.json": {"model_type": "gpt_oss" if fused else "qwen3"}}, [ref], infos, activations=bool(more)
@@ -257,7 +258,7 @@ def test_activations(name, layout):
     ref = WeightRef(EXPERTS, "fused_expert", (2, 32, 64), f) if fused else WeightRef(NAME, "linear", (32, 64), f)
     if not layout.activations:
         with pytest.raises(ValueError, match="no quantized activations"):
-            layout.config({"config.json": {}}, [ref], layout.plan(ref), activations=True)
+            layout.config({"config.json": {}}, [], {}, activations=True)
         return
     for f in layout.activations:
         bare = replace(ref, format=f)

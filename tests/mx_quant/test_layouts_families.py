@@ -104,6 +104,8 @@ def test_family_by_model_type(name):
 def test_family_by_names():
     assert family_of({}, ["model.layers.0.mlp.experts.gate_up_proj_blocks"]).name == "gpt-oss"
     assert family_of({}, ["block.0.mlp.mlp1_weight.blocks"]).name == "gpt-oss"
+    assert family_of({}, ["block.0.mlp.experts.0.up_proj.weight"]).name == "gpt-oss"
+    assert family_of({}, ["model.layers.0.mlp.experts.0.gate_proj.bias"]).name == "gpt-oss"
     assert family_of({"model_type": "new"}, ["model.layers.0.block_sparse_moe.experts.0.w1.weight"]).gate == "w1"
     assert family_of({"model_type": "new"}, ["model.layers.0.mlp.experts.0.up_proj.weight"]).gate == "gate_proj"
 

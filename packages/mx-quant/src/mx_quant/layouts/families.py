@@ -73,18 +73,31 @@ def family_of(config: Mapping[str, Any], names: Iterable[str] = ()) -> Family:
             return family
     w1 = False
     for name in names:
-        if re.search(r"\.mlp1_weight(\.|$)|\.experts\.gate_up_proj_(blocks|bias)$", name):
+        if _GPT_OSS_NAME.search(name):
             return GPT_OSS
         w1 = w1 or re.search(r"\.experts\.\d+\.w1\.", name) is not None
     return FAMILIES["mixtral"] if w1 else DEFAULT
 
 
+# OpenAI's own names, and expert biases, which no other family here has
+_GPT_OSS_NAME = re.compile(
+    r"\.mlp1_weight(\.|$)|^block\.\d+\.mlp\.experts\.|\.experts\.gate_up_proj_(blocks|bias)$|\.experts\.\d+\.gate_proj\.bias$"
+)
+
+
 def stored_as(name: str, family: Family) -> tuple[bool, bool]:
-    """(interleaved, transposed) of a fused parameter or bias ``name`` in this family; OpenAI's own names are never transposed."""
+    """(interleaved, transposed) of a fused parameter or bias ``name``; under OpenAI's own names always and never."""
     last = name.rpartition(".")[2].removesuffix("_bias")
-    return family.interleaved and last in ("gate_up_proj", "mlp1_weight", "mlp1"), family.transposed and last.endswith(
-        "_proj"
-    )
+    interleaved = last in ("mlp1_weight", "mlp1") or (family.interleaved and last == "gate_up_proj")
+    return interleaved, family.transposed and last.endswith("_proj")
+
+
+def fused_name(experts: str, param: str, bias: bool) -> str:
+    """The fused parameter (or bias) of the experts named ``experts``.<i>; OpenAI's own gpt-oss names it mlp1 and mlp2."""
+    if re.fullmatch(r"(.*\.)?block\.\d+\.mlp\.experts", experts) and param in ("gate_up_proj", "down_proj"):
+        number = 1 if param == "gate_up_proj" else 2
+        return f"{experts.removesuffix('experts')}mlp{number}_{'bias' if bias else 'weight'}"
+    return f"{experts}.{param}{'_bias' if bias else ''}"
 
 
 @dataclass(frozen=True)

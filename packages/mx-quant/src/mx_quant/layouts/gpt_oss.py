@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,8 +90,8 @@ def _refs(configs: Configs, infos: Infos) -> list[WeightRef]:
     return check_unclaimed(out, infos, "quant_method mxfp4")
 
 
-def _plan(ref: WeightRef) -> dict[str, TensorInfo]:
-    _check_kind(ref)
+def _plan(original: bool, ref: WeightRef) -> dict[str, TensorInfo]:
+    _check(original, ref)
     e, n, k = ref.shape
     MXFP4.check_k(k, f"K of {ref.name}")
     blocks, scales = _names(ref.name)
@@ -101,9 +102,9 @@ def _plan(ref: WeightRef) -> dict[str, TensorInfo]:
 
 
 def _write(
-    ref: WeightRef, q: QuantizedTensor, *, expert: int | None = None, input_scale: Tensor | None = None
+    original: bool, ref: WeightRef, q: QuantizedTensor, *, expert: int | None = None, input_scale: Tensor | None = None
 ) -> dict[str, Tensor]:
-    _check_kind(ref)
+    _check(original, ref)
     check_weight(ref, q, expert, (MXFP4,), "gpt-oss")
     if input_scale is not None:
         raise ValueError(f"{ref.name}: gpt-oss MXFP4 has no input_scale; activations are not quantized")
@@ -129,29 +130,30 @@ def _read_input_scale(ref: WeightRef, get: Get, *, expert: int | None = None) ->
 
 
 def _config(
-    configs: Configs, refs: Sequence[WeightRef], infos: Infos, *, activations: bool = False
+    original: bool, configs: Configs, refs: Sequence[WeightRef], infos: Infos, *, activations: bool = False
 ) -> dict[str, dict[str, Any]]:
     for ref in refs:
-        _check_kind(ref)
+        _check(original, ref)
     if activations:
         raise ValueError("gpt-oss MXFP4 has no quantized activations: leave activations=False")
-    config = {"quant_method": "mxfp4", "modules_to_not_convert": unquantized_modules(refs, infos)}
-    return {"config.json": with_quantization(configs, config)}
+    config = with_quantization(
+        configs, {"quant_method": "mxfp4", "modules_to_not_convert": unquantized_modules(refs, infos)}
+    )
+    if original:  # those checkpoints say nothing: the tensor names do
+        del config["quantization_config"]
+    return {"config.json": config}
 
 
-def _original_config(
-    configs: Configs, refs: Sequence[WeightRef], infos: Infos, *, activations: bool = False
-) -> dict[str, dict[str, Any]]:
-    _config(configs, refs, infos, activations=activations)
-    config = {k: v for k, v in configs.get("config.json", {}).items() if k != "quantization_config"}
-    return {"config.json": config}  # the original checkpoints say nothing: the tensor names do
-
-
-def _check_kind(ref: WeightRef) -> None:
+def _check(original: bool, ref: WeightRef) -> None:
     if ref.kind != FUSED_EXPERT:
         raise ValueError(
             f"{ref.name} is a {ref.kind} weight {list(ref.shape)}, but the gpt-oss layout stores fused experts [E, N, K] only: "
             f"leave it in full precision, or choose a layout such as compressed-tensors"
+        )
+    if original != ref.name.endswith(("mlp1_weight", "mlp2_weight")):
+        mine, other = ("gpt-oss-original", "gpt-oss") if original else ("gpt-oss", "gpt-oss-original")
+        raise ValueError(
+            f"{ref.name} is not named as layout {mine} names experts, and one checkpoint cannot mix both namings: use {other}"
         )
 
 
@@ -161,13 +163,13 @@ def _layout(name: str, original: bool) -> Layout:
         formats=(MXFP4,),
         kinds=(FUSED_EXPERT,),
         activations=(),
-        detect=lambda configs, infos: _detect(original, configs, infos),
+        detect=partial(_detect, original),
         refs=_refs,
-        plan=_plan,
-        write=_write,
+        plan=partial(_plan, original),
+        write=partial(_write, original),
         read=_read,
         read_input_scale=_read_input_scale,
-        config=_original_config if original else _config,
+        config=partial(_config, original),
     )
 
 

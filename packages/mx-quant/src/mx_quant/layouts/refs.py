@@ -27,6 +27,7 @@ from .families import (
     classify,
     deinterleave,
     family_of,
+    fused_name,
     interleave,
     stored_as,
 )
@@ -203,7 +204,7 @@ def _join(experts: str, kind: str, found: dict[tuple[int, str], WeightRef], fami
                 f"{experts}: experts of {param} differ in format: {', '.join(formats)}; they cannot be fused"
             )
         bias = kind == EXPERT_BIAS
-        name = f"{experts}.{param}{'_bias' if bias else ''}"
+        name = fused_name(experts, param, bias)
         interleaved, transposed = stored_as(name, family)
         target = WeightRef(
             name,

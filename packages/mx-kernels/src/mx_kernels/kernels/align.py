@@ -2,9 +2,9 @@
 
     position(pair) = start(expert) + (pairs of the expert in earlier chunks) + (earlier pairs of the expert in this chunk)
 
-Each program places one chunk of pairs. Up to FUSED_PAIRS pairs it counts all ids itself, in one launch; beyond, a first
-launch counts the ids of each chunk, and each program sums that table. Nothing depends on the order in which programs run:
-same inputs, same bits. The work of filling padding and of naming the blocks' experts is spread over the programs.
+Each program places one chunk of CHUNK pairs. Up to FUSED_PAIRS pairs it counts all ids itself, in one launch; beyond, one
+launch counts the ids of each chunk and another sums those counts over the chunks. Nothing depends on the order in which
+programs run: same inputs, same bits. Naming the experts of the blocks and filling their padding is spread over the programs.
 Letters: P pairs, E experts in the weights (EP: the next power of two), C chunks.
 """
 
@@ -18,14 +18,14 @@ from torch import Tensor
 from ..alignment import capacity
 from .launch import launch
 
-FUSED_PAIRS = 16384
-_MAX_CHUNKS = 128
+FUSED_PAIRS = 8192
+CHUNK = 128
 
 
 @triton.jit
-def _experts(ids, expert_map, i, live, pairs, experts, num_global, HAS_MAP: tl.constexpr):
+def _experts(ids, expert_map, i, pairs, experts, num_global, HAS_MAP: tl.constexpr):
     """The rows of the weights of pairs ``i`` and whether they have one; 0 where not."""
-    e = tl.load(ids + i, mask=live & (i < pairs), other=-1)
+    e = tl.load(ids + i, mask=i < pairs, other=-1)
     if HAS_MAP:
         e = tl.load(expert_map + e, mask=(e >= 0) & (e < num_global), other=-1)
     kept = (e >= 0) & (e < experts)
@@ -36,93 +36,98 @@ def _experts(ids, expert_map, i, live, pairs, experts, num_global, HAS_MAP: tl.c
 def _count_kernel(
     ids,  # [P]
     expert_map,
-    counts,  # [C, EP]
+    counts,  # [C + 1, EP]
     pairs,
     experts,
     num_global,
-    chunk,
     HAS_MAP: tl.constexpr,
     EP: tl.constexpr,
-    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    first = tl.program_id(0) * chunk
-    total = tl.zeros((EP,), tl.int32)
-    for at in range(first, tl.minimum(first + chunk, pairs), TILE):
-        i = at + tl.arange(0, TILE)
-        e, kept = _experts(ids, expert_map, i, i < first + chunk, pairs, experts, num_global, HAS_MAP)
-        total += tl.histogram(e, EP, mask=kept)
-    tl.store(counts + tl.program_id(0) * EP + tl.arange(0, EP), total)
+    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    e, kept = _experts(ids, expert_map, i, pairs, experts, num_global, HAS_MAP)
+    tl.store(counts + tl.program_id(0).to(tl.int64) * EP + tl.arange(0, EP), tl.histogram(e, EP, mask=kept))
+
+
+@triton.jit
+def _scan_kernel(counts, chunks, EP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """counts [C + 1, EP], in place: what earlier chunks hold; in the last row what all hold. A program takes COLUMNS experts."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((COLUMNS,), tl.int32)
+    for first in range(0, chunks, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        at = counts + row.to(tl.int64) * EP + column
+        here = tl.load(at, mask=row < chunks, other=0)
+        tl.store(at, tl.cumsum(here, 0) - here + total[None, :], mask=row < chunks)
+        total += tl.sum(here, 0)
+    tl.store(counts + chunks.to(tl.int64) * EP + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), total)
 
 
 @triton.jit
 def _align_kernel(
     ids,  # [P]
     expert_map,
-    counts,  # [C, EP] where COUNTED
+    counts,  # [C + 1, EP] where COUNTED
     sorted_ids,  # [capacity]
     expert_ids,  # [capacity / BLOCK]
     num_padded,  # [1]
     pairs,
     experts,
     num_global,
-    chunk,
-    slots,  # capacity
+    blocks,  # capacity / BLOCK
     HAS_MAP: tl.constexpr,
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
     EP: tl.constexpr,
     TILE: tl.constexpr,
-    SUB: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FILL: tl.constexpr,  # blocks filled at a time
 ):
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    first = pid * chunk
-    total = tl.zeros((EP,), tl.int32)
-    before = tl.zeros((EP,), tl.int32)
+    first = pid * CHUNK
+    i = first + tl.arange(0, CHUNK)
+    mine, kept = _experts(ids, expert_map, i, pairs, experts, num_global, HAS_MAP)
     if COUNTED:
-        r = tl.arange(0, 16)[:, None]
-        for c in range(0, programs, 16):
-            table = tl.load(counts + (c + r) * EP + tl.arange(0, EP)[None, :], mask=c + r < programs, other=0)
-            total += tl.sum(table, 0)
-            before += tl.sum(tl.where(c + r < pid, table, 0), 0)
+        total = tl.load(counts + programs.to(tl.int64) * EP + tl.arange(0, EP))
+        before = tl.load(counts + pid.to(tl.int64) * EP + tl.arange(0, EP))
     else:
+        total = tl.zeros((EP,), tl.int32)
+        before = tl.zeros((EP,), tl.int32)
+        e, valid = _experts(ids, expert_map, tl.arange(0, TILE), pairs, experts, num_global, HAS_MAP)
         for at in range(0, pairs, TILE):
-            i = at + tl.arange(0, TILE)
-            e, kept = _experts(ids, expert_map, i, i >= 0, pairs, experts, num_global, HAS_MAP)
-            here = tl.histogram(e, EP, mask=kept)
+            # The next tile is on its way while this one is counted.
+            j = at + TILE + tl.arange(0, TILE)
+            e_next, valid_next = _experts(ids, expert_map, j, pairs, experts, num_global, HAS_MAP)
+            here = tl.histogram(e, EP, mask=valid)
             total += here
             if at + TILE <= first:
                 before += here
             elif at < first:
-                before += tl.histogram(e, EP, mask=kept & (i < first))
+                before += tl.histogram(e, EP, mask=valid & (j - TILE < first))
+            e, valid = e_next, valid_next
     padded = (total + BLOCK - 1) // BLOCK * BLOCK
     end = tl.cumsum(padded, 0)
+    start = end - padded
+
+    key = tl.where(kept, mine, -1)
+    place = tl.arange(0, CHUNK)
+    earlier = (key[:, None] == key[None, :]) & (place[:, None] > place[None, :])
+    position = tl.gather(start + before, mine, 0) + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(sorted_ids + position, i, mask=kept)
+
     used = tl.sum(padded, 0)
-    base = end - padded + before
-
-    for at in range(first, tl.minimum(first + chunk, pairs), SUB):
-        i = at + tl.arange(0, SUB)
-        e, kept = _experts(ids, expert_map, i, i < first + chunk, pairs, experts, num_global, HAS_MAP)
-        position = tl.gather(base, e, 0)
-        for other in range(at, at + SUB, 32):
-            j = other + tl.arange(0, 32)
-            f, valid = _experts(ids, expert_map, j, j < first + chunk, pairs, experts, num_global, HAS_MAP)
-            f = tl.where(valid, f, -1)
-            earlier = (e[:, None] == f[None, :]) & (i[:, None] > j[None, :])
-            position += tl.sum(earlier.to(tl.int32), 1)
-        tl.store(sorted_ids + position, i, mask=kept)
-        base += tl.histogram(e, EP, mask=kept)
-
-    # Padding: slot j after each expert's last pair, then everything past the last block.
-    for j in range(pid, BLOCK - 1, programs):
-        slot = end - padded + total + j
-        tl.store(sorted_ids + slot, tl.full((EP,), 0, tl.int32) + pairs, mask=slot < end)
-    for tail in range(used + pid * TILE, slots, programs * TILE):
-        s = tail + tl.arange(0, TILE)
-        tl.store(sorted_ids + s, tl.full((TILE,), 0, tl.int32) + pairs, mask=s < slots)
-    for block in range(pid * 64, slots // BLOCK, programs * 64):
-        b = block + tl.arange(0, 64)
-        owner = tl.sum((end[None, :] <= (b * BLOCK)[:, None]).to(tl.int32), 1)
-        tl.store(expert_ids + b, tl.where(b * BLOCK < used, owner, -1), mask=b < slots // BLOCK)
+    for block in range(pid * FILL, blocks, programs * FILL):
+        b = block + tl.arange(0, FILL)
+        slot = b * BLOCK
+        # The block's expert is the number of experts that end before it; its pairs end at start + total.
+        passed = end[None, :] <= slot[:, None]
+        owner = tl.sum(passed.to(tl.int32), 1)
+        holds = (start[None, :] <= slot[:, None]) & (passed == 0)
+        last = tl.sum(tl.where(holds, (start + total)[None, :], 0), 1)
+        tl.store(expert_ids + b, tl.where(slot < used, owner, -1), mask=b < blocks)
+        s = slot[:, None] + tl.arange(0, BLOCK)[None, :]
+        nothing = tl.zeros((FILL, BLOCK), tl.int32) + pairs
+        tl.store(sorted_ids + s, nothing, mask=(s >= last[:, None]) & (b < blocks)[:, None])
     if pid == 0:
         tl.store(num_padded, used)
 
@@ -142,29 +147,17 @@ def moe_align_block_size(
         return sorted_ids, expert_ids, torch.zeros(1, dtype=torch.int32, device=ids.device)
     num_padded = torch.empty(1, dtype=torch.int32, device=ids.device)
     bins = max(64, triton.next_power_of_2(num_experts))
-    num_global = 0 if expert_map is None else expert_map.numel()
-    shape = (pairs, num_experts, num_global)
-    counted = pairs > FUSED_PAIRS
-    counts, sub = None, 128
-    chunk = sub
-    if counted:
-        sub = 256
-        chunk = max(1024, triton.cdiv(triton.cdiv(pairs, _MAX_CHUNKS), sub) * sub)
-        counts = torch.empty((triton.cdiv(pairs, chunk), bins), dtype=torch.int32, device=ids.device)
-        table = (ids, expert_map, counts, *shape, chunk)
-        launch(
-            _count_kernel,
-            (counts.shape[0],),
-            ids.device,
-            *table,
-            HAS_MAP=expert_map is not None,
-            EP=bins,
-            TILE=1024,
-            num_warps=8,
-        )
+    chunks = triton.cdiv(pairs, CHUNK)
+    shape = (pairs, num_experts, 0 if expert_map is None else expert_map.numel())
+    fixed = {"HAS_MAP": expert_map is not None, "EP": bins, "CHUNK": CHUNK}
+    counts = None
+    if pairs > FUSED_PAIRS:
+        counts = torch.empty((chunks + 1, bins), dtype=torch.int32, device=ids.device)
+        launch(_count_kernel, (chunks,), ids.device, ids, expert_map, counts, *shape, **fixed, num_warps=4)
+        launch(_scan_kernel, (bins // 4,), ids.device, counts, chunks, EP=bins, ROWS=1024, COLUMNS=4, num_warps=8)
     launch(
         _align_kernel,
-        (triton.cdiv(pairs, chunk),),
+        (chunks,),
         ids.device,
         ids,
         expert_map,
@@ -173,14 +166,17 @@ def moe_align_block_size(
         expert_ids,
         num_padded,
         *shape,
-        chunk,
-        slots,
-        HAS_MAP=expert_map is not None,
-        COUNTED=counted,
+        slots // block_size,
+        **fixed,
+        COUNTED=counts is not None,
         BLOCK=block_size,
-        EP=bins,
-        TILE=1024,
-        SUB=sub,
+        TILE=min(2048, max(256, triton.next_power_of_2(pairs))),
+        FILL=fill_blocks(block_size, bins),
         num_warps=8,
     )
     return sorted_ids, expert_ids, num_padded
+
+
+def fill_blocks(block_size: int, bins: int) -> int:
+    """Blocks that a program fills at a time: no more than 16 slots and 16 comparisons a thread."""
+    return max(1, min(16, 4096 // block_size, 4096 // bins))

@@ -172,8 +172,8 @@ def _e2m1_asm(narrow):
     """PTX: eight float32 v / 2 -> a word of eight E2M1 codes.
 
     |v| is the sum of its parts in [0, 2], [2, 4] and [4, 6]. Saturation cuts the parts out; each is counted in its own steps
-    (1/2, 1, 2) by an addition to 1.5 * 2^23 + 4, whose last place is 1: nearest, ties to even. Subtracting copysign(4, v)
-    then makes the sign bit, 8. NaN counts as 0. ``narrow``: in pairs of float16 (1.5 * 2^10 + 4), which hold v exactly if it
+    (1/2, 1, 2) by an addition to 1.5 * 2^23, whose last place is 1: nearest, ties to even. NaN counts as 0. ``narrow``: in
+    pairs of float16 (1.5 * 2^10 + 4, from which subtracting copysign(4, v) makes the sign bit, 8), which hold v exactly if it
     came from bf16 or float16, or round it where it is far below the first tie, 1/4.
     """
     if narrow:
@@ -192,19 +192,22 @@ def _e2m1_asm(narrow):
             prmt.b32 r3, r0, r2, 0x7632; mad.lo.u32 $0, r3, 16, r1;"""
     else:
         body = [
-            f"""mov.b32 h, ${i + 1}; abs.f32 a, h;
-            add.rn.sat.f32 t, a, 0f00000000; fma.rn.f32 r{i}, t, 0f40800000, 0f4B400004;
+            f"""mov.b32 h{i}, ${i + 1}; abs.f32 a, h{i};
+            add.rn.sat.f32 t, a, 0f00000000; fma.rn.f32 r{i}, t, 0f40800000, 0f4B400000;
             add.rn.sat.f32 t, a, 0fBF800000; fma.rn.f32 r{i}, t, 0f40000000, r{i};
-            add.rn.sat.f32 t, a, 0fC0000000; add.rn.f32 r{i}, r{i}, t;
-            lop3.b32 t, h, 0x80000000, 0x40800000, 0xEA; sub.rn.f32 r{i}, r{i}, t;"""
+            add.rn.sat.f32 t, a, 0fC0000000; add.rn.f32 r{i}, r{i}, t;"""
             for i in range(8)
         ]
         constants = {}
+        # Low bytes of r, then the top bytes of v, whose highest bits are the signs of the low and of the high nibbles.
         pack = """mad.lo.u32 r0, r1, 16, r0; mad.lo.u32 r2, r3, 16, r2; mad.lo.u32 r4, r5, 16, r4; mad.lo.u32 r6, r7, 16, r6;
-            prmt.b32 r0, r0, r2, 0x0040; prmt.b32 r4, r4, r6, 0x0040; prmt.b32 $0, r0, r4, 0x5410;"""
+            prmt.b32 r0, r0, r2, 0x0040; prmt.b32 r4, r4, r6, 0x0040; prmt.b32 r0, r0, r4, 0x5410;
+            prmt.b32 h0, h0, h2, 0x0073; prmt.b32 h4, h4, h6, 0x0073; prmt.b32 h0, h0, h4, 0x5410;
+            prmt.b32 h1, h1, h3, 0x0073; prmt.b32 h5, h5, h7, 0x0073; prmt.b32 h1, h1, h5, 0x5410;
+            shr.u32 h0, h0, 4; and.b32 h0, h0, 0x08080808; or.b32 r0, r0, h0; lop3.b32 $0, h1, 0x80808080, r0, 0xEA;"""
     names = "".join(f", {name}" for name in constants)
     loads = "".join(f"mov.b32 {name}, {value};" for name, value in constants.items())
-    return "{ .reg .b32 h, a, t, r<8>" + names + "; " + loads + " ".join(body) + pack + "}"
+    return "{ .reg .b32 h, h<8>, a, t, r<8>" + names + "; " + loads + " ".join(body) + pack + "}"
 
 
 @triton.constexpr_function

@@ -137,23 +137,47 @@ def _store_codes(
 
 @triton.jit
 def _load_blocks(
-    x, start, live, stride, per_row, ROWS: tl.constexpr, PAIRS: tl.constexpr, N: tl.constexpr, B: tl.constexpr
+    x,
+    start,
+    live,
+    stride,
+    per_row,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    N: tl.constexpr,
+    B: tl.constexpr,
 ):
-    """Blocks start ... start + N - 1 of x as float32 [N, B]."""
-    W: tl.constexpr = B // 2 if PAIRS else B
+    """Blocks start ... start + N - 1 of x as float32 [N, B].
+
+    PAIRS: two bf16 come as one word, which takes one instruction each to widen. WHOLE: a thread gets whole blocks (by loads of
+    16 bytes from this layout), so that a scale is worked out once, not in each of the threads that share a block.
+    """
     if PAIRS:
         x = x.to(tl.pointer_type(tl.int32))
-    w = tl.arange(0, W)[None, :]
+    # A block is U units, words or elements; C of them are 16 bytes.
+    C: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    U: tl.constexpr = B // 2 if PAIRS else B
+    if WHOLE:
+        at = tl.arange(0, U // (2 * C))[None, :, None] * (2 * C) + tl.arange(0, C)[None, None, :]
+        mask = live[:, None, None]
+    else:
+        at = tl.arange(0, U)[None, :]
+        mask = live[:, None]
     if ROWS:
         block = start + tl.arange(0, N)
         row = block // per_row
-        at = (row * (stride // (B // W)) + (block - row * per_row) * W)[:, None] + w
+        first = row * (stride // 2 if PAIRS else stride) + (block - row * per_row) * U
     else:
-        x += start * W
-        at = tl.arange(0, N)[:, None] * W + w
-    v = tl.load(x + at, mask=live[:, None], other=0)
+        x += start * U
+        first = tl.arange(0, N) * U
+    if WHOLE:
+        at += first[:, None, None]
+        v = tl.join(tl.load(x + at, mask=mask, other=0), tl.load(x + at + C, mask=mask, other=0))
+        v = v.trans(0, 1, 3, 2).reshape(N, U)
+    else:
+        v = tl.load(x + (first[:, None] + at), mask=mask, other=0)
     if PAIRS:
-        # Two bf16 a word: one instruction each.
         return tl.join(v << 16, v & -65536).reshape(N, B).to(tl.float32, bitcast=True)
     else:
         return v.to(tl.float32)
@@ -175,6 +199,7 @@ def _quantize_kernel(
     FP8: tl.constexpr,  # the architecture converts to FP8
     ASM: tl.constexpr,  # PTX instructions
     PAIRS: tl.constexpr,  # x is bf16, aligned to 4 bytes
+    WHOLE: tl.constexpr,  # a thread takes whole blocks
     ROWS: tl.constexpr,
     GLOBALS: tl.constexpr,  # 0: one; 1: one per program; 2: any
     ROUND_TRIP: tl.constexpr,  # data gets the values instead of the codes
@@ -185,7 +210,7 @@ def _quantize_kernel(
     n = tl.arange(0, N)
     live = n < tl.minimum(blocks - start, N).to(tl.int32)
     NARROW: tl.constexpr = E8M0 and x.dtype.element_ty != tl.float32
-    v = _load_blocks(x, start, live, stride, per_row, ROWS, PAIRS, N, B)
+    v = _load_blocks(x, start, live, stride, per_row, ROWS, PAIRS, WHOLE, N, B)
     g = 1.0
     if not E8M0:
         if GLOBALS == 0:
@@ -211,9 +236,14 @@ def _quantize_kernel(
         tl.store(data + at, v.to(data.dtype.element_ty), mask=live[:, None])
     else:
         tl.store(scale + start + n, byte.to(tl.uint8), mask=live)
-        if ASM and element_bits(ELEMENT) < 8:
+        SCALED: tl.constexpr = ASM and element_bits(ELEMENT) < 8
+        if SCALED and E8M0:
             factor = factor * word_factor(ELEMENT)
-        _store_codes(data, start, live, v * factor[:, None], bad, ELEMENT, FP8, ASM, NARROW, N, B)
+        v = v * factor[:, None]
+        if SCALED and not E8M0:
+            # Here the factor is no power of two and may be as small as 2^-126: halving it could round.
+            v = v * word_factor(ELEMENT)
+        _store_codes(data, start, live, v, bad, ELEMENT, FP8, ASM, NARROW, N, B)
 
 
 @triton.jit
@@ -305,11 +335,11 @@ def _global_scale_kernel(partial, out, parts, GLOBAL_MIN: tl.constexpr, PARTS: t
 # --- launchers: the arguments and results of the custom ops of the same names ---
 
 TILES = {
-    "quantize": {8: (128, 4), 6: (128, 4), 4: (128, 4)},
-    "round_trip": {8: (128, 4), 6: (128, 4), 4: (128, 4)},
-    "dequantize": {8: (128, 4), 6: (128, 4), 4: (128, 4)},
+    "quantize": {8: (64, 4, False), 6: (128, 4, True), 4: (128, 4, True)},
+    "round_trip": {8: (64, 4, False), 6: (64, 4, False), 4: (64, 4, False)},
+    "dequantize": {8: (64, 4, False), 6: (64, 4, False), 4: (64, 4, False)},
 }
-"""(runs of 32 elements that a program takes, its warps), by kernel and bits of an element."""
+"""(runs of 32 elements that a program takes, its warps, whether a thread takes whole blocks), by kernel and bits of an element."""
 
 
 def _rows(x: Tensor) -> tuple[Tensor, bool]:
@@ -331,7 +361,7 @@ def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tenso
     blocks, per_row = x.numel() // f.block, x.shape[-1] // f.block
     device = target(x.device)
     bits = f.element.bits
-    n, warps = TILES["round_trip" if scale is None else "quantize"][bits]
+    n, warps, whole = TILES["round_trip" if scale is None else "quantize"][bits]
     n = n * 32 // f.block
     kind, each = _globals(g, blocks, n)
     aligned = rows.data_ptr() % 4 == 0 and rows.stride(0) % 2 == 0
@@ -353,6 +383,7 @@ def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tenso
         FP8=device.fp8,
         ASM=device.asm and (device.fp8 or bits != 6),
         PAIRS=bits < 8 and x.dtype == torch.bfloat16 and aligned,
+        WHOLE=whole,
         ROWS=apart,
         GLOBALS=kind,
         ROUND_TRIP=scale is None,
@@ -410,7 +441,7 @@ def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format:
     data, scale = data.contiguous(), scale.contiguous()
     if data.data_ptr() % 4:
         data = data.clone()
-    n, warps = TILES["dequantize"][f.element.bits]
+    n, warps, _ = TILES["dequantize"][f.element.bits]
     n = n * 32 // f.block
     kind, each = _globals(global_scale, blocks, n)
     launch(

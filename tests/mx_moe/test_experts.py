@@ -376,8 +376,9 @@ def test_nothing_is_changed(oracle, name: str) -> None:
 
 
 @pytest.mark.parametrize("weight", ["mxfp8_e4m3", "mxfp4", "nvfp4"])
-def test_compiles_to_one_graph(oracle, weight: str) -> None:
-    case = oracle.layer(weight, dtype=torch.bfloat16, bias=True)
+@pytest.mark.parametrize("experts", [6, 60])
+def test_compiles_to_one_graph(oracle, weight: str, experts: int) -> None:
+    case = oracle.layer(weight, dtype=torch.bfloat16, bias=True, experts=experts)
     experts = make_experts(case.weights, case.activation)
 
     def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -395,14 +396,20 @@ def test_hit_experts_without_reading_values() -> None:
     traced = torch.compile(hit_experts, fullgraph=True, backend="eager")
     for seed in range(20):
         g = torch.Generator().manual_seed(seed)
-        ids = torch.randint(-1, 8, (5, 2), generator=g)
-        table = None if seed % 2 else torch.randperm(7, generator=g).to(torch.int32) - 3
-        rows, places = hit_experts(ids, 7, table)
-        many, same = traced(ids, 7, table)
+        ids = torch.randint(-1, 20, (5, 2), generator=g)
+        table = None if seed % 2 else torch.randperm(19, generator=g).to(torch.int32) - 3
+        rows, places = hit_experts(ids, 19, table)
+        many, same = traced(ids, 19, table)
         assert torch.equal(places, same)
-        assert many.shape[0] == 7
+        assert many.shape[0] == 10
         assert torch.equal(many[: rows.shape[0]], rows)
         assert set(many.tolist()) == set(rows.tolist())
+    assert traced(ids, 10, None) == (None, None)  # as many pairs as experts: nothing to gain
+    every = torch.arange(6).view(3, 2)
+    assert hit_experts(every, 6, None) == (None, None)
+    rows, places = hit_experts(torch.full((2, 1), -1), 6, None)
+    assert rows.tolist() == [0]
+    assert places.tolist() == [-1] * 6
 
 
 def test_classes_are_named_after_backends() -> None:

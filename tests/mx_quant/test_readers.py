@@ -18,7 +18,7 @@ import mx_kernels as mk
 from mx_quant import layouts
 from mx_quant.layouts import FUSED, LAYOUTS, PER_EXPERT
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 COMMON = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -134,7 +134,7 @@ READS = [
 @pytest.mark.parametrize(("name", "f", "family"), READS, ids=[f"{n}-{f}-{m}" for n, f, m in READS])
 def test_transformers(name, f, family, source, tmp_path):
     if name == "compressed-tensors":
-        pytest.importorskip("compressed_tensors")
+        pytest.importorskip("compressed_tensors", minversion="0.20")
     config, tensors = source(family)
     quantized, out, dense = quantize(config, tensors, LAYOUTS[name], f, power_of_two=True)
     found = dict(load(tmp_path / "quantized", quantized, out).state_dict())
@@ -157,7 +157,7 @@ def test_transformers(name, f, family, source, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_tensors(family, f, power_of_two, source):
     """compressed-tensors' decompressors on every weight, experts included (which transformers reads wrongly for NVFP4)."""
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors", minversion="0.20")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -187,7 +187,7 @@ def test_compressed_tensors(family, f, power_of_two, source):
 
 def test_modelopt_nvfp4_by_converter(source):
     """compressed-tensors' converter makes of our ModelOpt checkpoint what we write in its own layout."""
-    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("compressed_tensors", minversion="0.20")
     from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
 
     config, tensors = source("qwen3-moe")

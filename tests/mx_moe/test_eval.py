@@ -304,9 +304,31 @@ def test_cli_env_unknown_architecture(capsys) -> None:
     assert "unknown architecture 'sm1'; there are cpu, sm75" in capsys.readouterr().err
 
 
-def test_help_imports_neither_transformers_nor_triton() -> None:
-    code = "import sys; import mx_moe.__main__ as m; m.parser(); bad = {'transformers', 'triton'} & set(sys.modules); sys.exit(bool(bad))"
+def test_help_does_not_wait_for_torch() -> None:
+    code = """
+import contextlib, io, sys
+import mx_moe.__main__ as m
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    m.main(["eval", "--help"])
+sys.exit(bool({"torch", "transformers", "triton"} & set(sys.modules)))
+"""
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_lazy_names_are_typed_names() -> None:
+    """What type checkers see imported in __init__.py is what is imported when it is used."""
+    import ast
+
+    import mx_moe
+
+    tree = ast.parse(Path(mx_moe.__file__).read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If))
+    seen = {a.name: f"mx_moe.{n.module}" for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert sorted(seen) == mx_moe.__all__
+    for name, module in seen.items():
+        assert getattr(mx_moe, name) is getattr(sys.modules[module], name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mx_moe.nothing  # noqa: B018
 
 
 @pytest.mark.gpu

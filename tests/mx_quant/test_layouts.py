@@ -298,6 +298,41 @@ def test_wrong_weights_are_refused():
         LAYOUTS["mxfp8"].write(ref, q, input_scale=torch.tensor(1.0))
 
 
+def test_other_refusals():
+    ref = WeightRef("m.mlp.up_proj.weight", "linear", (I, H), mk.NVFP4)
+    q = quantized(mk.NVFP4, I, H)
+    with pytest.raises(
+        ValueError, match=r"layout mxfp8 cannot hold nvfp4 \(m\.mlp\.up_proj\.weight\); it holds mxfp8_e4m3"
+    ):
+        LAYOUTS["mxfp8"].plan(ref)
+    tensors = LAYOUTS["modelopt"].write(ref, q)
+    tensors["m.mlp.up_proj.weight_scale_2"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"weight_scale_2 has shape \(3,\), needs \(\), one global scale"):
+        LAYOUTS["modelopt"].read(ref, getter(tensors))
+    fused = WeightRef("m.experts.down_proj", "fused_expert", (E, I, H), mk.MXFP4)
+    with pytest.raises(ValueError, match="no input_scale"):
+        LAYOUTS["gpt-oss"].write(fused, quantized(mk.MXFP4, E, I, H), input_scale=torch.ones(()))
+    layout = LAYOUTS["compressed-tensors"]
+    configs = layout.config({"config.json": {}}, [ref], layout.plan(ref))
+    stored = {
+        "m.mlp.up_proj.weight": TensorInfo(torch.float8_e4m3fn, (I, H)),
+        "m.mlp.up_proj.weight_scale": TensorInfo(torch.uint8, (I, 2)),
+    }
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight is stored, but nvfp4-pack-quantized by .* stores codes as weight_packed"
+    ):
+        layout.refs(configs, stored)
+
+
+def test_meta():
+    """Layouts plan and write without values too: shapes of a model on the meta device."""
+    for layout, f in CASES:
+        ref = sample(layout, f)
+        out = layout.write(ref, quantized(f, *ref.shape).to("meta"))
+        assert {n: TensorInfo(t.dtype, tuple(t.shape)) for n, t in out.items()} == layout.plan(ref)
+        assert all(t.is_meta for t in out.values())
+
+
 def test_detect():
     assert layouts.detect_layout({"config.json": {"model_type": "qwen3"}}, {}) is None
     assert layouts.detect_layout({}, {}) is None

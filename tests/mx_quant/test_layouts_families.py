@@ -54,6 +54,12 @@ ROLES = [
     ("model.norm.weight", "norm", ""),
     ("lm_head.weight", "lm_head", ""),
     ("model.layers.61.eh_proj.weight", "other", ""),
+    # Nemotron-H, Hunyuan, Granite
+    ("backbone.layers.3.mixer.experts.7.up_proj.weight", "expert", "up"),
+    ("backbone.layers.3.mixer.gate.weight", "router", ""),
+    (f"{P}.mlp.gate.wg.weight", "router", ""),
+    (f"{P}.mlp.shared_mlp.gate_proj.weight", "shared_expert", "gate"),
+    (f"{P}.block_sparse_moe.router.layer.weight", "router", ""),
     # models inside models
     ("model.language_model.layers.3.mlp.experts.gate_up_proj", "fused_expert", "gate_up"),
     ("language_model.model.layers.3.feed_forward.experts.down_proj", "fused_expert", "down"),

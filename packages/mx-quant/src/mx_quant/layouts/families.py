@@ -150,9 +150,9 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("norm", r".*norm[^.]*\.(weight|bias|scale)$"),
         ("embedding", r"(.*\.)?(embed_tokens|embedding|wte)\.weight$"),
         ("lm_head", r"(.*\.)?(lm_head|unembedding)\.weight$"),
-        ("router", r".*\.(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router)\.(weight|bias|e_score_correction_bias)$"),
+        ("router", r".*\.(mlp|block_sparse_moe|feed_forward|moe|mixer)\.(gate|router)\.((wg|layer)\.)?(weight|bias|e_score_correction_bias)$"),
         ("router", r".*(e_score_correction_bias|\bshared_expert_gate\.weight)$"),
-        ("shared_expert", rf".*\.shared_experts?\.(?P<part>{_PROJECTION})\.weight$"),
+        ("shared_expert", rf".*\.shared_(experts?|mlp)\.(?P<part>{_PROJECTION})\.weight$"),
         ("mlp", rf".*\.(mlp|feed_forward)\.(?P<part>{_PROJECTION})\.weight$"),
         ("attention", r".*\.(self_attn|attn|attention|linear_attn|cross_attn)\.(?P<part>\w+)\.weight$"),
     )

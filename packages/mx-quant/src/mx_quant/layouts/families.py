@@ -150,7 +150,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("norm", r".*norm[^.]*\.(weight|bias|scale)$"),
         ("embedding", r"(.*\.)?(embed_tokens|embedding|wte)\.weight$"),
         ("lm_head", r"(.*\.)?(lm_head|unembedding)\.weight$"),
-        ("router", r".*\.(mlp|block_sparse_moe|feed_forward|moe|mixer)\.(gate|router)\.((wg|layer)\.)?(weight|bias|e_score_correction_bias)$"),
+        ("router", r".*\.(mlp|block_sparse_moe|feed_forward|moe|mixer)\.(gate|router)\.((wg|layer)\.)?(weight|bias)$"),
         ("router", r".*(e_score_correction_bias|\bshared_expert_gate\.weight)$"),
         ("shared_expert", rf".*\.shared_(experts?|mlp)\.(?P<part>{_PROJECTION})\.weight$"),
         ("mlp", rf".*\.(mlp|feed_forward)\.(?P<part>{_PROJECTION})\.weight$"),

@@ -135,6 +135,8 @@ def parse_header(raw: bytes, data_nbytes: int, file: str = "file") -> tuple[dict
 
     Raises ValueError that names the file and the tensor.
     """
+    if raw[:1] != b"{":
+        raise ValueError(f"the header of {file} does not begin with {{ and is no safetensors header")
     found = load_json(raw, f"the header of {file}")
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -58,6 +58,15 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def sanitize(session: nox.Session, tool: str) -> None:
+    """Every kernel on small shapes under NVIDIA's compute-sanitizer; needs a GPU and the CUDA toolkit."""
+    install(session)
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "python", "tests/every_kernel.py")
+    session.run(*command, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, external=True)
+
+
+@nox.session
 @nox.parametrize("triton", ["triton==3.6.0", NEWEST_TRITON], ids=["oldest", "newest"])
 def compile(session: nox.Session, triton: str) -> None:
     """Compile every kernel ahead of time for every target and look at the instructions; needs no GPU."""

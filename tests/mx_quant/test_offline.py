@@ -499,7 +499,7 @@ def test_memory_is_bounded(tmp_path):
         layer += 1
     nbytes = sparse_checkpoint(tmp_path / "src", tensors)
     assert nbytes > 8 * limit
-    args = [str(tmp_path / "src"), str(tmp_path / "out"), "mxfp8", "mxfp8", str(limit)]
+    args = [str(tmp_path / "src"), str(tmp_path / "out"), "mxfp4", "compressed-tensors", str(limit)]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", MEMORY, *args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,7 @@ def compiled(aot, target, x, w, block=16, routing="sorted", activation=SILU, req
     kinds = tuple(name if f is None else f.element.name for name, f in zip((x, w), formats, strict=True))
     blocks = [0 if f is None else f.block for f in formats]
     compute = g.compute_mode(device, *("" if f is None else f.name for f in formats), kinds)
-    options = dict(g.tile_config(compute, device.arch.vendor, kinds, block))
+    options = dict(g.tile_config(compute, device.arch, kinds, block))
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     words = [compute != "native" or name.startswith("mxfp6") for name in (x, w)]  # codes are read as words or as bytes
     stored = [POINTERS.get(name, "*i32" if word else "*u8") for name, word in zip((x, w), words, strict=True)]
@@ -98,6 +98,7 @@ def compiled(aot, target, x, w, block=16, routing="sorted", activation=SILU, req
         "RAGGED": not even,
         "ELEMENT": requantize.element.name if requantize else "",
         "RULE": str(requantize.default_rule if requantize else ""),
+        "WARPS": launch["num_warps"],
         **options,
     }
     odd = ("x_scale_stride", "w_scale_stride_e", "w_scale_stride_n", "top_k", "num_pairs", "E", "tiles_n")

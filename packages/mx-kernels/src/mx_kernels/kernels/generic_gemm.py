@@ -26,19 +26,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import Device
+from ..device import Architecture, Device
 from ..formats import get_format
 from .finish import activated, store_quantized
 from .launch import launch
 from .operands import (
     decoded,
+    for_matrix_unit,
     halves,
+    in_order,
+    like_matrix_unit,
     load_scales,
     load_stored,
     nan_codes,
     native_name,
     native_operand,
     native_scale,
+    unit_row,
+    unit_rows,
 )
 
 _PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -73,7 +78,6 @@ def _step(
     wp,  # [BN, 1]
     wsp,
     live,
-    inside,
     k,
     K,
     XKIND: tl.constexpr,
@@ -83,17 +87,19 @@ def _step(
     COMPUTE: tl.constexpr,
     MASK_K: tl.constexpr,
     BK: tl.constexpr,
+    REORDER: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """Add the products of values k .. k + BK - 1, and note the words that hold NaN codes."""
     NATIVE: tl.constexpr = COMPUTE == "native"
     xt = load_stored(xp, live, k, K, XKIND, NATIVE, BK, True, MASK_K)
-    wt = load_stored(wp, inside, k, K, WKIND, NATIVE, BK, False, MASK_K)
+    wt = load_stored(wp, live, k, K, WKIND, NATIVE, BK, False, MASK_K)
     xs = None
     ws = None
     if XB > 0:
         xs = load_scales(xsp, live, k, K, XB, BK, True, MASK_K)
     if WB > 0:
-        ws = load_scales(wsp, inside, k, K, WB, BK, False, MASK_K)
+        ws = load_scales(wsp, live, k, K, WB, BK, False, MASK_K)
     if NATIVE:
         acc = tl.dot_scaled(
             native_operand(wt, WKIND),
@@ -106,13 +112,29 @@ def _step(
         )
     else:
         wv = decoded(wt, ws, WKIND, WB, COMPUTE == "fp32")
-        xv = decoded(xt, xs, XKIND, XB, COMPUTE == "fp32")
+        xv = in_order(decoded(xt, xs, XKIND, XB, COMPUTE == "fp32"), XKIND)
+        if REORDER:
+            wv = for_matrix_unit(wv, WKIND, WARPS)
+            xv = like_matrix_unit(xv, WKIND)
+        else:
+            wv = in_order(wv, WKIND)
         acc = _mul_add(wv, xv, acc, WKIND, XKIND, COMPUTE)
         if XKIND == "e4m3":
             x_bad |= nan_codes(xt, XKIND)
         if WKIND == "e4m3":
             w_bad |= nan_codes(wt, WKIND)
     return acc, x_bad, w_bad
+
+
+@triton.jit
+def _weight_row(r, pid_n, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr):
+    """The row of w for row r of the product's tile; rows past the end repeat one inside and are not stored."""
+    if GATED:
+        col = tl.minimum(pid_n * (BN // 2) + r // 16 * 8 + r % 8, I - 1)
+        half = r // 8 % 2
+        return 2 * col + half if INTERLEAVED else col + half * I
+    else:
+        return tl.minimum(pid_n * BN + r, I - 1)
 
 
 @triton.jit
@@ -213,6 +235,8 @@ def _gemm_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    REORDER: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     e, pair, live = _rows_of_block(
@@ -223,27 +247,22 @@ def _gemm_kernel(
     e = e.to(tl.int64) if ROUTING != "none" else tl.full((), 0, tl.int64)
     pid_n = pid % tiles_n
     r = tl.arange(0, BN)
-    if GATED:
-        I = N // 2
-        col = pid_n * (BN // 2) + r // 16 * 8 + r % 8
-        half = r // 8 % 2
-        inside = col < I
-        n = tl.where(inside, 2 * col + half if INTERLEAVED else col + half * I, 0)
-    else:
-        I = N
-        n = pid_n * BN + r
-        inside = n < N
-        n = tl.where(inside, n, 0)  # rows past the end repeat row 0 and are not stored
+    I = N // 2 if GATED else N
+    n = _weight_row(r, pid_n, I, GATED, INTERLEAVED, BN)
+    loaded = n
+    if REORDER:
+        loaded = _weight_row(unit_row(r, WARPS), pid_n, I, GATED, INTERLEAVED, BN)
+    loaded = loaded.to(tl.int64)
     row = (pair // top_k).to(tl.int64)
     xp = x + (row * x_stride)[:, None]
-    wp = w + (e * w_stride_e + n.to(tl.int64) * w_stride_n)[:, None]
+    wp = w + (e * w_stride_e + loaded * w_stride_n)[:, None]
     NATIVE: tl.constexpr = COMPUTE == "native"
     xsp = xp
     wsp = wp
     if XB > 0:
         xsp = x_scale + (row * x_scale_stride)[:, None]
     if WB > 0:
-        wsp = w_scale + (e * w_scale_stride_e + n.to(tl.int64) * w_scale_stride_n)[:, None]
+        wsp = w_scale + (e * w_scale_stride_e + loaded * w_scale_stride_n)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     # A word with a NaN code makes its whole row NaN, which is what its product is: cheaper than a test of each value.
     X_NAN: tl.constexpr = XKIND == "e4m3" and not NATIVE
@@ -255,16 +274,37 @@ def _gemm_kernel(
         tl.assume(whole > 0)  # else ptxas serializes wgmma (C7515), since the loop might not run
         for k in range(0, whole, BK):
             acc, x_bad, w_bad = _step(
-                acc, x_bad, w_bad, xp, xsp, wp, wsp, live, inside, k, K, XKIND, XB, WKIND, WB, COMPUTE, False, BK
+                acc,
+                x_bad,
+                w_bad,
+                xp,
+                xsp,
+                wp,
+                wsp,
+                live,
+                k,
+                K,
+                XKIND,
+                XB,
+                WKIND,
+                WB,
+                COMPUTE,
+                False,
+                BK,
+                REORDER,
+                WARPS,
             )
     if RAGGED:
         acc, x_bad, w_bad = _step(
-            acc, x_bad, w_bad, xp, xsp, wp, wsp, live, inside, whole, K, XKIND, XB, WKIND, WB, COMPUTE, True, BK
+            acc, x_bad, w_bad, xp, xsp, wp, wsp, live, whole, K, XKIND, XB, WKIND, WB, COMPUTE, True, BK, REORDER, WARPS
         )
     if X_NAN:
         acc = tl.where((tl.max((x_bad != 0).to(tl.int32), 1) > 0)[None, :], float("nan"), acc)
     if W_NAN:
-        acc = tl.where((tl.max((w_bad != 0).to(tl.int32), 1) > 0)[:, None], float("nan"), acc)
+        bad = tl.max((w_bad != 0).to(tl.int32), 1)[:, None]
+        if REORDER:
+            bad = unit_rows(bad, WARPS)
+        acc = tl.where(bad > 0, float("nan"), acc)
     if X_GLOBAL == "row":
         g = tl.load(x_global + row, mask=live, other=0.0)
         if W_GLOBAL == "one":
@@ -333,14 +373,17 @@ def compute_mode(device: Device, x: str, w: str, kinds: tuple[str, str]) -> str:
     return "fp16" if kinds == ("fp16", "fp16") else "bf16"
 
 
-def tile_config(compute: str, vendor: str, kinds: tuple[str, str], block: int) -> dict[str, int]:
-    """Tile and launch options, from host integers alone: BM, BN, BK, num_warps, num_stages.
+def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], block: int) -> dict[str, int]:
+    """Tile and launch options, from host integers alone: BM, BN, BK, REORDER, num_warps, num_stages.
 
-    BK is what keeps every tile free of spills and under 99 KB of shared memory (the compile tests check both).
+    BK is what keeps every tile free of spills and under 99 KB of shared memory (the compile tests check both). REORDER is for
+    Hopper, whose matrix unit takes w from registers: a fifth fewer instructions there, nothing gained on sm_80 and sm_120.
     """
+    reorder = kinds[1] in ("e2m1", "e4m3", "e5m2") and compute != "native"
+    reorder = reorder and (arch.name == "sm90" or triton.knobs.runtime.interpret)
     bm = min(max(block, 16), 128)
     if compute == "fp32":
-        return {"BM": min(bm, 64), "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+        return {"BM": min(bm, 64), "BN": 64, "BK": 32, "REORDER": reorder, "num_warps": 4, "num_stages": 2}
     split = compute == "bf16" and "fp16" in kinds
     if split:
         bm = min(bm, 64)
@@ -348,14 +391,15 @@ def tile_config(compute: str, vendor: str, kinds: tuple[str, str], block: int) -
     if compute == "native":
         if bm >= 64 and {"e2m3", "e3m2"} & {*kinds}:
             bk = 64
-    elif bm >= 64 or vendor == "amd" or split or kinds[1] in _PLAIN.values():
+    elif bm >= 64 or arch.vendor == "amd" or split or kinds[1] in _PLAIN.values():
         bk = 32 if split and bm >= 64 else 64
     return {
         "BM": bm,
         "BN": 128,
         "BK": bk,
+        "REORDER": reorder,
         "num_warps": 8 if bm == 128 else 4,
-        "num_stages": 2 if vendor == "amd" else 3,
+        "num_stages": 2 if arch.vendor == "amd" else 3,
     }
 
 
@@ -365,7 +409,7 @@ def _plan(
 ) -> tuple[str, dict[str, int]]:
     facts = Device.probe(device)
     compute = compute_mode(facts, x_format, w_format, (x_kind, w_kind))
-    return compute, tile_config(compute, facts.arch.vendor, (x_kind, w_kind), block)
+    return compute, tile_config(compute, facts.arch, (x_kind, w_kind), block)
 
 
 def _launch(
@@ -475,6 +519,7 @@ def _launch(
                 COMPUTE=compute,
                 WHOLE=k >= options["BK"],
                 RAGGED=k % options["BK"] > 0,
+                WARPS=options["num_warps"],
                 **options,
             )
     if f is not None and not fused:

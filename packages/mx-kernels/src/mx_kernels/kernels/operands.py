@@ -120,7 +120,11 @@ def _four_fp6(g, KIND: tl.constexpr):
 
 @triton.jit
 def patterns(stored, KIND: tl.constexpr):
-    """uint16 bf16 patterns [R, BK] of the values over 2^(127 - bias); NaN and Inf codes as if they were numbers."""
+    """uint16 bf16 patterns [R, BK] of the values over 2^(127 - bias); NaN and Inf codes as if they were numbers.
+
+    The values of a word come as pairs of its two halves: FP4 value 4 h + 2 a + b is at 4 a + 2 b + h, FP8 value 2 h + o at
+    2 o + h, so that a pair is one register and no byte moves.
+    """
     if is_fp6(KIND):
         return stored
     else:
@@ -134,14 +138,70 @@ def patterns(stored, KIND: tl.constexpr):
             q3 = (q & 0x80008000) | ((q >> 6) & 0x01C001C0)
             low = tl.join(tl.join(_low(q0), _low(q2)), tl.join(_low(q1), _low(q3)))
             high = tl.join(tl.join(_high(q0), _high(q2)), tl.join(_high(q1), _high(q3)))
-            return tl.permute(tl.join(low, high), (0, 1, 4, 2, 3)).reshape(R, 8 * C)
+            return tl.join(low, high).reshape(R, 8 * C)
         else:
             M: tl.constexpr = mantissa_bits(KIND)
             MAG: tl.constexpr = 0x007F007F << (7 - M)
             even = ((q << 8) & 0x80008000) | ((q << (7 - M)) & MAG)
             odd = (q & 0x80008000) | ((q >> (1 + M)) & MAG)
             low = tl.join(_low(even), _low(odd))
-            return tl.permute(tl.join(low, tl.join(_high(even), _high(odd))), (0, 1, 3, 2)).reshape(R, 4 * C)
+            return tl.join(low, tl.join(_high(even), _high(odd))).reshape(R, 4 * C)
+
+
+@triton.jit
+def in_order(v, KIND: tl.constexpr):
+    """Values as ``patterns`` has them, put in the order of K: the tile of x."""
+    R: tl.constexpr = v.shape[0]
+    BK: tl.constexpr = v.shape[1]
+    if KIND == "e2m1":
+        return tl.permute(v.reshape(R, BK // 8, 2, 2, 2), (0, 1, 4, 2, 3)).reshape(R, BK)
+    elif KIND == "e4m3" or KIND == "e5m2":
+        return tl.permute(v.reshape(R, BK // 4, 2, 2), (0, 1, 3, 2)).reshape(R, BK)
+    else:
+        return v
+
+
+@triton.jit
+def unit_row(i, WARPS: tl.constexpr):
+    """The row of the product that row i of a loaded tile of w becomes: see ``for_matrix_unit``."""
+    return i // (16 * WARPS) * (16 * WARPS) + i % (8 * WARPS) // 8 * 16 + i // (8 * WARPS) % 2 * 8 + i % 8
+
+
+@triton.jit
+def unit_rows(v, WARPS: tl.constexpr):
+    """A tile [N, C] with its rows moved to where ``unit_row`` says."""
+    N: tl.constexpr = v.shape[0]
+    C: tl.constexpr = v.shape[1]
+    return tl.permute(v.reshape(N // (16 * WARPS), 2, WARPS, 8, C), (0, 2, 1, 3, 4)).reshape(N, C)
+
+
+@triton.jit
+def for_matrix_unit(v, KIND: tl.constexpr, WARPS: tl.constexpr):
+    """A tile of FP4 or FP8 w as ``patterns`` has it, rows and K in the order in which Hopper's matrix unit takes them.
+
+    A thread there feeds rows r and r + 8 and, of 16 values along K, 2 t + {0, 1, 8, 9}, t being one of 4 neighbours. A load gives
+    a warp 8 rows and the thread a quarter of BK in a row. A sum over K may run in any order that x shares, and rows may come
+    in any order that the product's columns follow; these orders make the loaded registers the fed ones, without an exchange
+    (four blocks in BK; with another number some exchange is left).
+    """
+    N: tl.constexpr = v.shape[0]
+    BK: tl.constexpr = v.shape[1]
+    v = unit_rows(v, WARPS)
+    if KIND == "e2m1":
+        return tl.permute(v.reshape(N, 4, BK // 32, 2, 2, 2), (0, 2, 3, 4, 1, 5)).reshape(N, BK)
+    else:
+        return tl.permute(v.reshape(N, 4, BK // 16, 2, 2), (0, 2, 3, 1, 4)).reshape(N, BK)
+
+
+@triton.jit
+def like_matrix_unit(v, KIND: tl.constexpr):
+    """Values of x, in the order of K, put in the order that ``for_matrix_unit`` gives a w of this KIND."""
+    R: tl.constexpr = v.shape[0]
+    BK: tl.constexpr = v.shape[1]
+    if KIND == "e2m1":
+        return tl.permute(v.reshape(R, 4, BK // 32, 2, 2, 2), (0, 2, 4, 5, 1, 3)).reshape(R, BK)
+    else:
+        return tl.permute(v.reshape(R, 4, BK // 16, 2, 2), (0, 2, 4, 1, 3)).reshape(R, BK)
 
 
 @triton.jit
@@ -192,7 +252,7 @@ def _times_scale(v, s, B: tl.constexpr):
 
 @triton.jit
 def decoded(stored, scales, KIND: tl.constexpr, B: tl.constexpr, FP32: tl.constexpr):
-    """The tile's values [R, BK], bf16 (float32 where FP32); a plain tile keeps its type unless FP32."""
+    """The tile's values [R, BK], bf16 (float32 where FP32), in the order of ``patterns``; a plain tile keeps its type unless FP32."""
     if is_plain(KIND):
         if FP32:
             return stored.to(tl.float32)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .dispatch import bytes_of
+from .dispatch import bytes_of, direct, kernels
 from .epilogue import LAYOUTS
 from .formats import E2M1, E4M3, E5M2, Element, Format, ScaleRule
 from .reference.elements import code_values, encode, unpack_codes
@@ -166,10 +166,59 @@ def _pack_quantized(w: QuantizedTensor, gated: bool, layout: str) -> PackedWeigh
     codes = bytes_of(w.data).reshape(-1, n, w.data.shape[-1])
     scale = bytes_of(w.scale).reshape(-1, n, k // f.block)
     experts = codes.shape[0]
+    on_device = direct(w.data, w.scale)
+    width = k if _overlaps(k, element.name) else -(-k // SCALE_K) * SCALE_K
+    if on_device:
+        tiles, strips = width // (64 if element is E2M1 else 32), -(-(n // 2) // 8) if gated else -(-n // STRIP)
+        data, seen = kernels("packing").pack_codes(codes, scale, f, tiles, strips, gated, layout)
+        least, used, most, bad = seen.cpu().unbind(1)  # the one wait for the device
+        if bool(bad.any()):
+            e = int(bad.nonzero()[0])
+            _finite(codes[e : e + 1], f, e)
+        low, high = torch.where(least < _window(f)[0], used, least), most
+    else:
+        data, low, high = _pack_codes(codes, scale, f, width, gated, layout)
+    alpha = shift = None
+    if f.scale == "e8m0":
+        if int(high.max()) == 255:
+            e, row, block = (scale == 255).nonzero()[0].tolist()
+            raise ValueError(
+                f"scale[{e}, {row}, {block}] of the {f} weight is 255 (NaN): quantize weights that are finite"
+            )
+        shift = _shift(low.int(), high.int(), f)
+        if shift is not None:
+            shift = shift.to(w.device)
+            alpha = torch.ldexp(torch.ones_like(shift, dtype=torch.float32), shift)
+    else:
+        if int(high.max()) >= 0x7F:
+            e, row, block = (scale >= 0x7F).nonzero()[0].tolist()
+            raise ValueError(
+                f"scale[{e}, {row}, {block}] of the {f} weight is {float(w.scale.reshape(scale.shape)[e, row, block])}: "
+                "block scales are numbers from 0 to 448"
+            )
+        assert w.global_scale is not None
+        alpha = (w.global_scale * 128).expand(experts).contiguous()
+    if on_device:
+        rows, over = -(-data.shape[2] * STRIP // SCALE_ROWS) * SCALE_ROWS, _repeated(k, element.name, f)
+        fold = _FOLD[element.name]
+        packed = kernels("packing").pack_scales(scale, f, fold, shift, width, rows, over, gated, layout)
+    else:
+        packed = _pack_scale(_fold(scale, shift, f), k, width, gated, layout, f)
+    return PackedWeight(
+        data, packed,
+        *(alpha, shift, w.global_scale, w.shape, f, w.rule, w.dtype, gated, layout),
+    )  # fmt: skip
+
+
+def _pack_codes(
+    codes: Tensor, scale: Tensor, f: Format, width: int, gated: bool, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes, and the smallest and largest scale byte of each expert; a part at a time."""
+    experts, n, blocks = scale.shape
+    k, element = blocks * f.block, _stored(f)
     strips = -(-(n // 2) // 8) if gated else -(-n // STRIP)
     per_tile = 64 if element is E2M1 else 32
-    width = k if _overlaps(k, element.name) else -(-k // SCALE_K) * SCALE_K
-    data = torch.empty((experts, width // per_tile, strips, TILE), dtype=torch.uint8, device=w.device)
+    data = torch.empty((experts, width // per_tile, strips, TILE), dtype=torch.uint8, device=codes.device)
     step = max(1, _CHUNK // (n * k))
     low, high = scale.flatten(1).amin(1), scale.flatten(1).amax(1)
     for e in range(0, experts, step):
@@ -181,33 +230,15 @@ def _pack_quantized(w: QuantizedTensor, gated: bool, layout: str) -> PackedWeigh
             stored = _silence(stored, scale[part])
         stored = torch.nn.functional.pad(stored, (0, width * stored.shape[-1] // k - stored.shape[-1]))
         (_pack_e2m1 if element is E2M1 else _pack_bytes)(_packed_rows(stored, gated, layout), data[part])
-    alpha = shift = None
-    if f.scale == "e8m0":
-        if int(high.max()) == 255:
-            e, row, block = (scale == 255).nonzero()[0].tolist()
-            raise ValueError(
-                f"scale[{e}, {row}, {block}] of the {f} weight is 255 (NaN): quantize weights that are finite"
-            )
-        shift = _shift(low.int(), high.int(), f)
-        folded = scale.int() + _FOLD[element.name]
-        folded = (folded if shift is None else folded - shift[:, None, None]).to(torch.uint8)
-        alpha = None if shift is None else torch.ldexp(torch.ones_like(shift, dtype=torch.float32), shift)
-    else:
-        if bool((scale >= 0x7F).any()):
-            e, row, block = (scale >= 0x7F).nonzero()[0].tolist()
-            raise ValueError(
-                f"scale[{e}, {row}, {block}] of the {f} weight is {float(w.scale.reshape(scale.shape)[e, row, block])}: "
-                "block scales are numbers from 0 to 448"
-            )
-        assert w.global_scale is not None
-        folded, alpha = (
-            _scale_tables()[0].to(w.device)[scale.int()],
-            (w.global_scale * 128).expand(experts).contiguous(),
-        )
-    return PackedWeight(
-        data, _pack_scale(folded, k, width, gated, layout, f),
-        *(alpha, shift, w.global_scale, w.shape, f, w.rule, w.dtype, gated, layout),
-    )  # fmt: skip
+    return data, low, high
+
+
+def _fold(scale: Tensor, shift: Tensor | None, f: Format) -> Tensor:
+    """Scale bytes as they are stored."""
+    if f.scale != "e8m0":
+        return _scale_tables()[0].to(scale.device)[scale.int()]
+    folded = scale.int() + _FOLD[_stored(f).name]
+    return (folded if shift is None else folded - shift[:, None, None]).to(torch.uint8)
 
 
 def _stored(f: Format) -> Element:
@@ -218,6 +249,11 @@ def _stored(f: Format) -> Element:
 def _overlaps(k: int, element: str) -> bool:
     """Whether the last 128 columns are one step of the K loop, whatever K is: it then repeats columns, with scales of zero."""
     return k >= SCALE_K and k % (64 if element == "e2m1" else 32) == 0
+
+
+def _repeated(k: int, element: str, f: Format) -> int:
+    """How many blocks the last 128 columns repeat."""
+    return -k % SCALE_K // f.block if _overlaps(k, element) else 0
 
 
 def _finite(codes: Tensor, f: Format, first: int) -> Tensor:
@@ -279,12 +315,13 @@ def _window(f: Format) -> tuple[int, int]:
 
 
 def _lowest(scale: Tensor, codes: Tensor, low: Tensor, f: Format) -> Tensor:
-    """The smallest scale byte of a block that is not all zeros, where ``low``, the smallest of all, is below the window."""
-    if int(low.min()) >= _window(f)[0]:
+    """Per expert: the smallest scale byte of a block that is not all zeros, where ``low``, the smallest of all, is below the window."""
+    least = _window(f)[0]
+    if int(low.min()) >= least:
         return low
     magnitude = 0x77 if f.element is E2M1 else 0x7F
     used = ((codes & magnitude) != 0).unflatten(-1, (scale.shape[-1], -1)).any(-1)
-    return torch.where(used, scale, 254).flatten(1).amin(1)
+    return torch.where(low < least, torch.where(used, scale, 254).flatten(1).amin(1), low)
 
 
 def _shift(low: Tensor, high: Tensor, f: Format) -> Tensor | None:
@@ -388,9 +425,8 @@ def _unpack_e2m1(data: Tensor) -> Tensor:
 def _pack_scale(scale: Tensor, k: int, width: int, gated: bool, layout: str, f: Format) -> Tensor:
     """Folded bytes [E, N, K / block] -> [E, K tiles, rows, 128 / block]."""
     tiles, per_tile = -(-width // SCALE_K), SCALE_K // f.block
-    over = tiles * per_tile - scale.shape[-1]
-    scale = torch.nn.functional.pad(_packed_rows(scale, gated, layout), (0, over))
-    if over and _overlaps(k, _stored(f).name):  # the last tile ends at K: its first bytes belong to repeated columns
+    scale = torch.nn.functional.pad(_packed_rows(scale, gated, layout), (0, tiles * per_tile - scale.shape[-1]))
+    if over := _repeated(k, _stored(f).name, f):  # the last tile ends at K: its first bytes belong to repeated columns
         scale[..., -per_tile:] = scale[..., -per_tile:].roll(over, -1)
     scale = torch.nn.functional.pad(scale, (0, 0, 0, -scale.shape[1] % SCALE_ROWS))
     return scale.unflatten(-1, (tiles, per_tile)).transpose(1, 2).contiguous()

@@ -103,6 +103,39 @@ def test_router_weight_on_input(oracle) -> None:
         experts.apply(two.x, *args, apply_router_weight_on_input=True)
 
 
+def test_values_are_checked_once(oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later calls on the same weights read no value on the host (CUDA graphs), and see weights that changed in place."""
+    import mx_moe.experts.base as base
+
+    case = oracle.layer(experts=3)
+    table = torch.tensor([0, 1, 2], dtype=torch.int32)
+    experts, args = mxfp8(case)
+    first = experts.apply(case.x, *args, expert_map=table)
+    seen = []
+    monkeypatch.setattr(base, "check_expert_map", lambda *a: seen.append(a))
+    again = experts.apply(case.x, args[0].data, *args[1:], expert_map=table.data)
+    assert torch.equal(first, again)
+    assert not seen
+    case.weights.w13.data.view(torch.uint8).bitwise_xor_(0x80)  # minus every code
+    changed = experts.apply(case.x, *args, expert_map=table)
+    want = oracle.dense(case.x, case.routing, case.weights, case.activation)
+    assert not seen
+    assert oracle.relative(changed, want) <= 2e-6
+    experts.apply(case.x, args[0].clone(), *args[1:], expert_map=table)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("system", ["mxfp8", "nvfp4"])
+def test_compiles_to_one_graph(oracle, system: str) -> None:
+    case = oracle.layer("mxfp8_e4m3" if system == "mxfp8" else "nvfp4", dtype=torch.bfloat16)
+    w = case.weights
+    scale = torch.tensor(2.0**-9)
+    experts = mxfp8(case)[0] if system == "mxfp8" else nvfp4(case, scale, scale)
+    args = (case.x, w.w13.data, w.w2.data, case.routing.weights, case.routing.ids)
+    compiled = torch.compile(experts.apply, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), experts.apply(*args), rtol=2**-7, atol=2**-7)
+
+
 # activations by name
 
 

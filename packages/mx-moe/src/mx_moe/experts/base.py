@@ -270,7 +270,7 @@ def joint_scale(scale: Tensor, what: str) -> Tensor:
     if scale.numel() == 0:
         raise ValueError(f"{what} is empty: needs one positive number, or one per expert")
     scale = scale.float()
-    if scale.device.type != "meta" and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if _readable(scale) and not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(
             f"{what} holds {scale.flatten()[:8].tolist()}: every input scale must be finite and positive (a multiplier, "
             "amax / 2688); a missing or zero scale turns activations into NaN: calibrate the checkpoint again"
@@ -289,11 +289,15 @@ def check_expert_map(expert_map: Tensor | None, num_experts: int, device: torch.
     if expert_map.device != device:
         raise ValueError(f"expert_map is on {expert_map.device} and the weights on {device}: move both to one device")
     bad = (expert_map < -1) | (expert_map >= num_experts)
-    if device.type != "meta" and bool(bad.any()):
+    if _readable(bad) and bool(bad.any()):
         e = int(bad.nonzero()[0])
         raise ValueError(
             f"expert_map[{e}] is {int(expert_map[e])}, needs -1 (not here) or a row of the weights, 0 to {num_experts - 1}"
         )
+
+
+def _readable(t: Tensor) -> bool:
+    return t.device.type != "meta" and not torch.compiler.is_compiling()
 
 
 def hardware_reason(device: mk.Device, inputs: str, weight: str) -> str | None:
@@ -320,7 +324,7 @@ _warned: set[str] = set()
 
 
 def warn_once(key: str, message: str) -> None:
-    """``warnings.warn`` once in this process for each ``key``."""
-    if key not in _warned:
+    """``warnings.warn`` once in this process for each ``key``; not while tracing, where nothing can be said."""
+    if not torch.compiler.is_compiling() and key not in _warned:
         _warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=5)

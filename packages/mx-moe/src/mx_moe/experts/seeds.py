@@ -99,6 +99,7 @@ class _TritonExperts:
         self.activation = activation
         self.w1_scale, self.w2_scale = w1_scale, w2_scale
         self.w1_bias, self.w2_bias = w1_bias, w2_bias
+        self._bound: tuple[object, ExpertsBase] | None = None
 
     @classmethod
     def why_not(cls, device: mk.Device, problem: Problem) -> str | None:
@@ -124,6 +125,24 @@ class _TritonExperts:
         if global_num_experts not in (-1, here):
             what = "the weights have no expert_map and" if expert_map is None else "expert_map has"
             raise ValueError(f"global_num_experts is {global_num_experts}, but {what} {here} experts")
+        key = None
+        if not torch.compiler.is_compiling():  # values are checked once, so that no later call waits for the device
+            tensors = (w1, w2, expert_map)
+            key = (
+                *((t.data_ptr(), t.shape, t.dtype) for t in tensors if t is not None),
+                apply_router_weight_on_input,
+                x.dtype,
+            )
+        if key is None or self._bound is None or self._bound[0] != key:
+            self._bound = (key, self._bind(w1, w2, expert_map, apply_router_weight_on_input, x.dtype))
+        return self._bound[1](x, Routing(topk_ids, topk_weights))
+
+    def _bind(
+        self, w1: Tensor, w2: Tensor, expert_map: Tensor | None, weight_on_input: bool, dtype: torch.dtype
+    ) -> ExpertsBase:
+        """Experts on these weights, which they share; Unsupported with the reason."""
+        backend = self.backend
+        assert backend is not None
         weights = ExpertWeights(
             self._operand(w1, self.w1_scale, 1),
             self._operand(w2, self.w2_scale, 2),
@@ -132,25 +151,23 @@ class _TritonExperts:
             None if self.inputs is None else mk.get_format(self.inputs),
             *self._input_scales(),
         )
-        backend = self.backend
-        assert backend is not None
         problem = Problem.of(
-            weights, self.activation, dtype=x.dtype, inputs=self.inputs, expert_map=expert_map is not None,
-            router_weight_on_input=apply_router_weight_on_input,
+            weights, self.activation, dtype=dtype, inputs=self.inputs, expert_map=expert_map is not None,
+            router_weight_on_input=weight_on_input,
         )  # fmt: skip
         device = mk.Device.probe(w1.device)
         reason = backend.why_not(device, problem)
         if reason is not None:
             raise mk.Unsupported(f"{type(self).__name__} cannot run {problem} on {device}", ((backend.name, reason),))
-        experts = backend(
+        return backend(
             weights,
             self.activation,
             choice=Choice(mk.Candidate(backend.name, backend.why_not, backend)),
             inputs=self.inputs,
             expert_map=expert_map,
-            router_weight_on_input=apply_router_weight_on_input,
+            router_weight_on_input=weight_on_input,
+            dtype=dtype,
         )
-        return experts(x, Routing(topk_ids, topk_weights))
 
     def _operand(self, w: Tensor, scale: Tensor | None, gemm: int) -> Tensor | QuantizedTensor:
         """Weights of two bytes an element or more are used as they are; others need their scales."""

@@ -173,6 +173,16 @@ def timed(run, layers: int, budget: float) -> float:
     return median(graph, max(4, min(25, int(budget * 1e3 / first)))) / layers
 
 
+def both(first, second):
+    """One after the other."""
+
+    def run(layer):
+        first(layer)
+        second(layer)
+
+    return run
+
+
 def routings(model: str, tokens: int, layers: int) -> list[torch.Tensor]:
     experts, k = MODELS[model][:2]
     if tokens == 1:
@@ -295,7 +305,7 @@ def measure(model, name, tokens, w1, w2, todo, budget) -> list[dict]:
     ):
         if label != "plain" and tokens > 16:
             continue
-        pair[label] = timed(lambda r, f1=gemm1(d1), f2=gemm2(d2): (f1(r), f2(r)), layers, budget)
+        pair[label] = timed(both(gemm1(d1), gemm2(d2)), layers, budget)
     rows.append(
         {"model": model, "format": name, "tokens": tokens, "gemm": "pair", "us": min(pair.values()), "variants": pair}
     )
@@ -311,7 +321,12 @@ def measure(model, name, tokens, w1, w2, todo, budget) -> list[dict]:
 def short(c: Config) -> str:
     flags = "".join(
         f"{a}{b}"
-        for a, b, d in (("k", c.split, 1), ("g", c.group, 1), ("L", c.levels, 1), ("r", c.maxnreg, 0))
+        for a, b, d in (
+            ("k", c.split, 1),
+            ("g", c.group, 1),
+            ("L", c.levels, 1),
+            ("r", c.maxnreg, 0),
+        )
         if b != d
     )
     return f"{c.pairs}x{c.rows}w{c.warps}s{c.stages}{flags}{'' if c.mask else 'n'}{'' if c.step == 128 else c.step}"

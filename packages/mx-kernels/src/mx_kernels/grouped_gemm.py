@@ -18,6 +18,7 @@ from .activation import fake_result
 from .alignment import Alignment
 from .dispatch import (
     check_device,
+    check_type,
     direct,
     flat_activation,
     flat_operand,
@@ -164,6 +165,7 @@ def grouped_gemm(
     if x.ndim != 2 or w.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)} and w {tuple(w.shape)}, needs x [M, K] and w [E, N, K]")
     check_product(x, w)
+    check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
     check_device(tiles.ids, x.device, "the alignment", "x")
     num_experts, n, _ = w.shape
     if num_experts != tiles.num_experts:

@@ -27,7 +27,7 @@ from .numerics import (
 
 @triton.jit
 def weight_tile(w, s, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
-    """Decode codes [T, S, 512] (PTX; else words [T, S, 128]) and scales [N, BK / BLOCK] to bf16 (else float32) [N, BK]."""
+    """Decode words [T, S, 128] and scales [N, BK / BLOCK] to bf16 (PTX) or float32 [N, BK]."""
     if PTX:
         if KIND == "e2m1":
             v = decode_e2m1(w)
@@ -62,11 +62,11 @@ def packed_dot(
     x,  # [M, K]
     x_offset,  # [M], of the rows (int64 where 32 bits do not suffice)
     live,  # bool [M]
-    w,  # the expert's codes, or its rows if plain
+    w,  # the expert's words, or its rows if plain
     s,  # the expert's scale bytes
     strip,  # int32 [S], or the plain weight's rows [N]
     scale_row,  # int32 [N]
-    w_step,  # bytes of a K tile, or elements of a plain row
+    w_step,  # words of a K tile, or elements of a plain row
     s_step,  # bytes of 128 columns' scales
     k,  # columns
     first,  # the first step
@@ -92,19 +92,17 @@ def packed_dot(
     """
     column = tl.arange(0, BK)
     UNIT: tl.constexpr = 64 if KIND == "e2m1" else 32
-    S: tl.constexpr = N // 16
     TILES: tl.constexpr = BK // UNIT
-    WIDTH: tl.constexpr = 512 if PTX else 128  # bytes, or words of four
     if KIND == "":
         w_offset = strip[:, None] * w_step + column[None, :]
     else:
         part = tl.arange(0, TILES)[:, None, None] * w_step
-        w_offset = part + strip[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+        w_offset = part + strip[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
         s_offset = scale_row[:, None] * (BK // BLOCK) + tl.arange(0, BK // BLOCK)[None, :]
     x_offset = x_offset[:, None] + column[None, :]
     tl.assume(steps > 0)
     step = first
-    for _ in range(0, steps):
+    for _ in range(steps):
         k0 = step * BK
         if TAIL == 1:
             k0 = tl.minimum(k0, k - BK)

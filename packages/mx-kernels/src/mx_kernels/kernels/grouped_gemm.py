@@ -41,7 +41,8 @@ def _tile(
     M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     TAIL: tl.constexpr, CLAMP: tl.constexpr, MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr, ROUTE: tl.constexpr, PTX: tl.constexpr, INTERPRET: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr, ROUTE: tl.constexpr,
+    PTX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """N weight rows times M pairs: K loop, reduction over splits, epilogue."""
     live = pair < pairs
@@ -139,7 +140,7 @@ def _grouped_gemm_packed_kernel(
         if SPLIT > 1:
             split = block % SPLIT
             block = block // SPLIT
-        if ROUTE == SORTED:
+        if ROUTE == SORTED:  # noqa: SIM102 (``and`` would load where there is nothing to load)
             if block * BM >= tl.load(num_padded):
                 return
     else:  # GROUP blocks share the weight tiles that they read from the second-level cache
@@ -178,14 +179,12 @@ def _grouped_gemm_packed_kernel(
         for i in range(count):
             pair = tl.where(column == i, _ones((mine & -mine) - 1), pair)
             mine &= mine - 1
-    if ROUTE != DENSE:
+    if ROUTE != DENSE:  # noqa: SIM102
         if (e < 0) | (e >= experts):
             return
     strip0 = tile * (N // 16)
     if not CLAMP:
-        strip0 = tl.minimum(
-            strip0, strips - N // 16
-        )  # the last tile ends at the last row: two tiles store the same values
+        strip0 = tl.minimum(strip0, strips - N // 16)  # the last tile ends at the last row; two store the same values
     scale = 1.0
     if HAS_ALPHA:
         scale = tl.load(alpha + e)
@@ -194,30 +193,30 @@ def _grouped_gemm_packed_kernel(
         s += e.to(tl.int64) * s_expert
         bias += e.to(tl.int64) * n
     slot = block * tiles + tile
+    first = block * BM
     QUARTER: tl.constexpr = BM // 4 if LEVELS > 2 else BM
     HALF: tl.constexpr = BM // 2 if LEVELS > 1 else BM
+    tensors = (x, w, s, y, sorted_ids, bias, row_weight, partial, counter)
+    sizes = (
+        strip0, strips, rows, w_step, s_step, n, k, x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit,
+    )  # fmt: skip
     if LEVELS > 2 and count <= QUARTER:
-        few = _pairs(sorted_ids, block * BM, pairs, QUARTER, ROUTE)
         _tile(
-            x, w, s, y, sorted_ids, bias, row_weight, partial, counter, block * BM, few, count, scale, strip0, strips, rows, w_step, s_step, n, k,
-            x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit, QUARTER, N, BK, KIND, BLOCK,
-            SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-            WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            *tensors, first, _pairs(sorted_ids, first, pairs, QUARTER, ROUTE), count, scale, *sizes,
+            QUARTER, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
     elif LEVELS > 1 and count <= HALF:
-        half = _pairs(sorted_ids, block * BM, pairs, HALF, ROUTE)
         _tile(
-            x, w, s, y, sorted_ids, bias, row_weight, partial, counter, block * BM, half, count, scale, strip0, strips, rows, w_step, s_step, n, k,
-            x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit, HALF, N, BK, KIND, BLOCK,
-            SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-            WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            *tensors, first, _pairs(sorted_ids, first, pairs, HALF, ROUTE), count, scale, *sizes,
+            HALF, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
     else:
         _tile(
-            x, w, s, y, sorted_ids, bias, row_weight, partial, counter, block * BM, pair, count, scale, strip0, strips, rows, w_step, s_step, n, k,
-            x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit, BM, N, BK, KIND, BLOCK,
-            SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-            WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            *tensors, first, pair, count, scale, *sizes,
+            BM, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
 
 
@@ -241,7 +240,6 @@ class _Plan:
     constants: tuple
     options: dict[str, int]
     programs: int
-    words: bool
     partial: int
     tiles: int
     run: Callable[..., None] | None = None
@@ -345,7 +343,7 @@ def grouped_gemm_packed(
     if plan.partial:
         partial = torch.empty((plan.partial,), dtype=torch.float32, device=x.device)
         counter = _counter(x.device, plan.tiles)
-    if plan.words:
+    if w_format:
         w = w.view(torch.int32)
     given = (w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight)
     w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight = (y if t is None else t for t in given)
@@ -379,9 +377,10 @@ def _plan(
         strips, strides, tail = -(-rows // 16), (w_stride[0], width, 0, 0), 0 if k == width else 2
     else:
         rows, strips, width = scale_rows, w_shape[2], w_shape[1] * (64 if kind == "e2m1" else 32)
-        strides, tail = (w_stride[0], w_stride[1], s_stride[0], s_stride[1]), 2 if k < width else int(k % 128 != 0)
-    if f is not None and not ptx:
-        strides = (strides[0] // 4, strides[1] // 4, *strides[2:])
+        strides, tail = (
+            (w_stride[0] // 4, w_stride[1] // 4, s_stride[0], s_stride[1]),
+            2 if k < width else int(k % 128 != 0),
+        )
     units, dependent = _facts(device)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
     c = config or choose_config(problem, block, units)
@@ -417,9 +416,7 @@ def _plan(
         *(not no_weight, largest >= 2**31, top_k, pdl, ptx, INTERPRET),
     )
     partial = blocks * tiles * c.split * block * c.rows if c.split > 1 else 0
-    return _Plan(
-        sizes, constants, options, blocks * tiles * c.split, f is not None and not ptx, partial, blocks * tiles
-    )
+    return _Plan(sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles)
 
 
 def _launch(plan: _Plan, tensors: tuple[Tensor, ...]) -> None:

@@ -4,7 +4,7 @@ Each decoder comes twice: as PTX on 32-bit registers (NVIDIA, sm_80 and up), and
 device, and Triton's interpreter). Both are exact. PTX leaves the exponent biases to the scale, so that one multiplication
 of bf16 pairs does both; plain Triton takes them off first, because AMD hardware flushes subnormals.
 
-Tiles: T K tiles, S strips of 16 rows, 512 bytes each. g, c: a thread's place in its warp (``packing.py``).
+Tiles: T K tiles, S strips of 16 rows, 128 words each. g, c: a thread's place in its warp (``packing.py``).
 """
 
 import triton
@@ -12,81 +12,91 @@ import triton.language as tl
 
 
 @triton.jit
-def decode_e2m1(w):  # uint8 [T, S, 512] -> bf16 [16 S, 64 T], values * 2^-126
+def decode_e2m1(w):  # int32 [T, S, 128] -> bf16 [16 S, 64 T], values * 2^-126
     """Nine integer operations for eight codes."""
-    lo, hi = tl.inline_asm_elementwise(
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 t, u;
-        and.b32 $0, $4, 0x81C081C0;
-        shf.r.wrap.b32 t, $4, $4, 6;
-        and.b32 $1, t, 0x81C081C0;
-        shf.r.wrap.b32 t, $4, $4, 12;
-        and.b32 $2, t, 0x81C081C0;
-        shf.r.wrap.b32 t, $4, $4, 2;
-        shl.b32 u, $4, 6;
+        .reg .b32 t, u, v;
+        and.b32 v, $8, 0x81C081C0;
+        mov.b32 {$0, $1}, v;
+        shf.r.wrap.b32 t, $8, $8, 6;
+        and.b32 v, t, 0x81C081C0;
+        mov.b32 {$2, $3}, v;
+        shf.r.wrap.b32 t, $8, $8, 12;
+        and.b32 v, t, 0x81C081C0;
+        mov.b32 {$4, $5}, v;
+        shf.r.wrap.b32 t, $8, $8, 2;
+        shl.b32 u, $8, 6;
         and.b32 u, u, 0x00400040;
-        lop3.b32 $3, t, 0x81808180, u, 0xEA;
+        lop3.b32 v, t, 0x81808180, u, 0xEA;
+        mov.b32 {$6, $7}, v;
         }
         """,
-        "=r,=r,=r,=r,r",
+        "=h,=h,=h,=h,=h,=h,=h,=h,r",
         [w],
-        dtype=(tl.bfloat16, tl.bfloat16),
+        dtype=(tl.bfloat16,) * 8,
         is_pure=True,
-        pack=4,
+        pack=1,
     )
-    v = tl.join(lo, hi).reshape(w.shape[0], w.shape[1], 8, 4, 4, 2, 2, 2)  # .. g, c, step, row half, parity, k half
-    return v.trans(1, 5, 2, 0, 4, 7, 3, 6).reshape(w.shape[1] * 16, w.shape[0] * 64)
+    even = tl.join(tl.join(a, e), tl.join(c, g))  # .. k half, row half
+    v = tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))  # .. parity
+    v = v.reshape(w.shape[0], w.shape[1], 8, 4, 4, 2, 2, 2)  # .. g, c, step, k half, row half, parity
+    return v.trans(1, 6, 2, 0, 4, 5, 3, 7).reshape(w.shape[1] * 16, w.shape[0] * 64)
 
 
 @triton.jit
-def decode_e4m3(w):  # uint8 [T, S, 512] -> bf16 [16 S, 32 T], values * 2^-120
+def decode_e4m3(w):  # int32 [T, S, 128] -> bf16 [16 S, 32 T], values * 2^-120
     """Seven integer operations for four codes."""
-    v = tl.inline_asm_elementwise(
+    a, b, c, d = tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 t, u;
-        shr.b32 t, $2, 4;
+        .reg .b32 t, u, v;
+        shr.b32 t, $4, 4;
         and.b32 t, t, 0x07F007F0;
-        lop3.b32 $0, $2, 0x80008000, t, 0xEA;
-        shl.b32 u, $2, 8;
-        shl.b32 t, $2, 4;
+        lop3.b32 v, $4, 0x80008000, t, 0xEA;
+        mov.b32 {$0, $1}, v;
+        shl.b32 u, $4, 8;
+        shl.b32 t, $4, 4;
         and.b32 t, t, 0x07F007F0;
-        lop3.b32 $1, u, 0x80008000, t, 0xEA;
+        lop3.b32 v, u, 0x80008000, t, 0xEA;
+        mov.b32 {$2, $3}, v;
         }
         """,
-        "=r,=r,r",
+        "=h,=h,=h,=h,r",
         [w],
-        dtype=tl.bfloat16,
+        dtype=(tl.bfloat16,) * 4,
         is_pure=True,
-        pack=4,
+        pack=1,
     )
-    return _byte_tile(v)
+    return _byte_tile(a, b, c, d)
 
 
 @triton.jit
-def decode_e5m2(w):  # uint8 [T, S, 512] -> bf16 [16 S, 32 T], values * 2^-112
+def decode_e5m2(w):  # int32 [T, S, 128] -> bf16 [16 S, 32 T], values * 2^-112
     """Seven integer operations for four codes."""
-    v = tl.inline_asm_elementwise(
+    a, b, c, d = tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 t, u;
-        shr.b32 t, $2, 3;
+        .reg .b32 t, u, v;
+        shr.b32 t, $4, 3;
         and.b32 t, t, 0x0FE00FE0;
-        lop3.b32 $0, $2, 0x80008000, t, 0xEA;
-        shl.b32 u, $2, 8;
-        shl.b32 t, $2, 5;
+        lop3.b32 v, $4, 0x80008000, t, 0xEA;
+        mov.b32 {$0, $1}, v;
+        shl.b32 u, $4, 8;
+        shl.b32 t, $4, 5;
         and.b32 t, t, 0x0FE00FE0;
-        lop3.b32 $1, u, 0x80008000, t, 0xEA;
+        lop3.b32 v, u, 0x80008000, t, 0xEA;
+        mov.b32 {$2, $3}, v;
         }
         """,
-        "=r,=r,r",
+        "=h,=h,=h,=h,r",
         [w],
-        dtype=tl.bfloat16,
+        dtype=(tl.bfloat16,) * 4,
         is_pure=True,
-        pack=4,
+        pack=1,
     )
-    return _byte_tile(v)
+    return _byte_tile(a, b, c, d)
 
 
 @triton.jit
@@ -131,12 +141,13 @@ def decode_e5m3(s):  # uint8 [N, B] -> bf16 [N, B], NVFP4's scales * 2^119
 
 
 @triton.jit
-def _byte_tile(v):  # [T, S, 512] -> [16 S, 32 T]
-    t = v.reshape(v.shape[0], v.shape[1], 8, 4, 2, 2, 2, 2)  # .. g, c, step, k half, row half, parity
-    return t.trans(1, 6, 2, 0, 4, 5, 3, 7).reshape(v.shape[1] * 16, v.shape[0] * 32)
+def _byte_tile(a, b, c, d):  # (row half, parity) 00, 01, 10, 11, each [T, S, 128] -> [16 S, 32 T]
+    t = tl.join(tl.join(a, c), tl.join(b, d))
+    t = t.reshape(a.shape[0], a.shape[1], 8, 4, 2, 2, 2, 2)  # .. g, c, step, k half, row half, parity
+    return t.trans(1, 6, 2, 0, 4, 5, 3, 7).reshape(a.shape[1] * 16, a.shape[0] * 32)
 
 
-# --- plain Triton: words int32 [T, S, 128] in, float32 out, values without a factor ---
+# --- plain Triton: float32 out, values without a factor ---
 
 
 @triton.jit

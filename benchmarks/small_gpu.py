@@ -171,11 +171,11 @@ def main() -> None:
     head += f"; device-to-device copy {copy:.0f} GB/s (read + write)."
     print(head)
     report = Report(copy)
+    out.mkdir(parents=True, exist_ok=True)
     for part in (quantizers, alignments, activations, combines, peers):
         part(report)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "small_gpu.json").write_text(json.dumps({**where, "copy_gb_s": copy, "rows": report.rows}, indent=1))
-    (out / "small_gpu.md").write_text(report.markdown(head))
+        (out / "small_gpu.json").write_text(json.dumps({**where, "copy_gb_s": copy, "rows": report.rows}, indent=1))
+        (out / "small_gpu.md").write_text(report.markdown(head))
 
 
 if __name__ == "__main__":

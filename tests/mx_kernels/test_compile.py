@@ -156,13 +156,12 @@ def test_align(aot, target, experts, mapped):
     for counted in (False, True):
         signature = inputs | ({"counts": "*i32"} if counted else {})
         fixed = constants | {"COUNTED": counted} | ({} if counted else {"counts": None})
-        checked(
-            aot.compile_kernel(align._align_kernel, signature, fixed, target, unaligned=unaligned, num_warps=8), 255
-        )
+        options = {"unaligned": unaligned, "num_warps": 8 if counted else 16}
+        checked(aot.compile_kernel(align._align_kernel, signature, fixed, target, **options))
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", ["silu", "swiglu_oai", "gelu"])
+@pytest.mark.parametrize("kind", ["silu", "swiglu_oai"])
 @pytest.mark.parametrize("f", [None, MXFP8, MXFP4], ids=str)
 def test_activate(aot, target, kind, f):
     from mx_kernels.kernels import activation
@@ -173,7 +172,7 @@ def test_activate(aot, target, kind, f):
     constants = {} if f else {"scale": None}
     constants |= {"KIND": kind, "GATED": True, "INTERLEAVED": kind == "swiglu_oai", "CLAMP": kind == "swiglu_oai"}
     constants |= {"ELEMENT": f.element.name if f else "", "RULE": f.default_rule.value if f else "", "FP8": fp8}
-    constants |= {"ASM": bool(f) and asm, "WIDE": False, "N": 64, "B": 32}
+    constants |= {"ASM": asm, "PAIRS": True, "WHOLE": f is not None, "WIDE": False, "N": 128 if f else 64, "B": 32}
     unaligned = ("blocks", "per_row")
     checked(
         aot.compile_kernel(activation._activate_kernel, signature, constants, target, unaligned=unaligned, num_warps=4)

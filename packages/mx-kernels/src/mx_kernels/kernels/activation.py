@@ -19,7 +19,39 @@ from . import quantize as quantization
 from .bits import element_bits, word_factor
 from .finish import activated
 from .launch import launch, target
-from .quantize import _block_scale, _store_codes
+from .quantize import _block_scale, _load_tile, _store_codes, _widened
+
+
+@triton.jit
+def _sigmoid(x, ASM: tl.constexpr):
+    """1 / (1 + exp(-x)), to a few units in the last place; by the hardware's exp2 and reciprocal where ASM."""
+    if ASM:
+        e = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [e + 1.0], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def _activated(
+    g, u, alpha, beta, limit, KIND: tl.constexpr, GATED: tl.constexpr, CLAMP: tl.constexpr, ASM: tl.constexpr
+):
+    """``epilogue.activated``; here instructions bound the time where the result is quantized, so sigmoids are short."""
+    if GATED and (KIND == "silu" or KIND == "swiglu_oai"):
+        g = activated(g, u, alpha, beta, limit, "identity", False, CLAMP)
+        if CLAMP:
+            u = tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL)
+            u = tl.minimum(u, limit, propagate_nan=tl.PropagateNan.ALL)
+        if KIND == "silu":
+            return g * _sigmoid(g, ASM) * u
+        else:
+            return g * _sigmoid(alpha * g, ASM) * (u + beta)
+    else:
+        return activated(g, u, alpha, beta, limit, KIND, GATED, CLAMP)
 
 
 @triton.jit
@@ -40,6 +72,8 @@ def _activate_kernel(
     RULE: tl.constexpr,
     FP8: tl.constexpr,
     ASM: tl.constexpr,
+    PAIRS: tl.constexpr,  # h is bf16, aligned to 4 bytes
+    WHOLE: tl.constexpr,  # a thread takes whole blocks
     WIDE: tl.constexpr,  # 2^31 blocks or more
     N: tl.constexpr,
     B: tl.constexpr,
@@ -47,26 +81,37 @@ def _activate_kernel(
     start = tl.program_id(0).to(tl.int64) * N
     n = tl.arange(0, N)
     live = n < tl.minimum(blocks - start, N).to(tl.int32)
-    b = tl.arange(0, B)[None, :]
     if GATED:
         block = start + n if WIDE else start.to(tl.int32) + n
         row = (block // per_row).to(tl.int64)
         # Column c of the result: gate 2 c and up 2 c + 1, or gate c and up I + c.
         column = (block - row * per_row) * B
-        if INTERLEAVED:
-            pair = tl.arange(0, 2 * B)[None, :]
-            both = tl.load(h + (row * (2 * per_row * B) + 2 * column)[:, None] + pair, mask=live[:, None], other=0.0)
+        if INTERLEAVED and PAIRS:
+            word = _load_tile(h.to(tl.pointer_type(tl.int32)), row * (per_row * B) + column, live, WHOLE, N, B)
+            g = (word << 16).to(tl.float32, bitcast=True)
+            u = (word & -65536).to(tl.float32, bitcast=True)
+        elif INTERLEAVED:
+            both = _load_tile(h, 2 * (row * (per_row * B) + column), live, WHOLE, N, 2 * B)
             g, u = tl.split(both.to(tl.float32).reshape(N, B, 2))
+        elif PAIRS:
+            first = row * (per_row * B) + column // 2
+            h = h.to(tl.pointer_type(tl.int32))
+            g = _widened(_load_tile(h, first, live, WHOLE, N, B // 2), N, B)
+            u = _widened(_load_tile(h, first + per_row * (B // 2), live, WHOLE, N, B // 2), N, B)
         else:
-            at = (row * (2 * per_row * B) + column)[:, None] + b
-            g = tl.load(h + at, mask=live[:, None], other=0.0).to(tl.float32)
-            u = tl.load(h + at + per_row * B, mask=live[:, None], other=0.0).to(tl.float32)
+            first = 2 * row * (per_row * B) + column
+            g = _load_tile(h, first, live, WHOLE, N, B).to(tl.float32)
+            u = _load_tile(h, first + per_row * B, live, WHOLE, N, B).to(tl.float32)
     else:
-        g = tl.load(h + start * B + (n[:, None] * B + b), mask=live[:, None], other=0.0).to(tl.float32)
+        g = _load_tile(h, start * B + n * B, live, WHOLE, N, B).to(tl.float32)
         u = g
-    v = activated(g, u, alpha, beta, limit, KIND, GATED, CLAMP)
+    v = _activated(g, u, alpha, beta, limit, KIND, GATED, CLAMP, ASM)
     if ELEMENT == "":
-        tl.store(out + start * B + (n[:, None] * B + b), v.to(out.dtype.element_ty), mask=live[:, None])
+        tl.store(
+            out + start * B + (n[:, None] * B + tl.arange(0, B)[None, :]),
+            v.to(out.dtype.element_ty),
+            mask=live[:, None],
+        )
     else:
         byte, factor, bad = _block_scale(v, 1.0, ELEMENT, RULE, True, ASM)
         tl.store(scale + start + n, byte.to(tl.uint8), mask=live)
@@ -113,7 +158,10 @@ def activate(
         return out, scale
     blocks = math.prod(lead) * width // block
     device = target(h.device)
-    n = 2048 // block
+    # Whole blocks need one a thread, 128 for four warps; few blocks are spread over all multiprocessors.
+    n, warps = 2048 // block if f is None else 128, 4
+    while warps > 1 and blocks < 2 * device.units * n:
+        n, warps = n // 2, warps // 2
     launch(
         _activate_kernel,
         (triton.cdiv(blocks, n),),
@@ -133,10 +181,12 @@ def activate(
         ELEMENT="" if f is None else f.element.name,
         RULE=rule,
         FP8=device.fp8,
-        ASM=f is not None and device.asm and (device.fp8 or f.element.bits != 6),
+        ASM=device.asm and (f is None or device.fp8 or f.element.bits != 6),
+        PAIRS=h.dtype == torch.bfloat16 and block == 32 and h.data_ptr() % 4 == 0,
+        WHOLE=f is not None,
         WIDE=blocks >= 2**31 - n,
         N=n,
         B=block,
-        num_warps=4,
+        num_warps=warps,
     )
     return out, scale

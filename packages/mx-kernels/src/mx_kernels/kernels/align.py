@@ -60,7 +60,7 @@ def _scan_kernel(counts, chunks, EP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: 
         here = tl.load(at, mask=row < chunks, other=0)
         tl.store(at, tl.cumsum(here, 0) - here + total[None, :], mask=row < chunks)
         total += tl.sum(here, 0)
-    tl.store(counts + chunks.to(tl.int64) * EP + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), total)
+    tl.store(counts + tl.cast(chunks, tl.int64) * EP + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), total)
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def moe_align_block_size(
         BLOCK=block_size,
         TILE=min(2048, max(256, triton.next_power_of_2(pairs))),
         FILL=fill_blocks(block_size, bins),
-        num_warps=8,
+        num_warps=16 if counts is None else 8,
     )
     return sorted_ids, expert_ids, num_padded
 

@@ -98,7 +98,7 @@ def e8m0_reciprocal(byte):
 
 
 @triton.jit
-def _on_grid(v, ELEMENT: tl.constexpr):
+def on_grid(v, ELEMENT: tl.constexpr):
     """Float32 bits of 2^e, the binade of |v| but no lower than the smallest normal's, and 2^(e + 23 - M) + |v|, |v| saturated:
     that sum's last place is a step of the element's grid, so the adder rounds to nearest, ties to even.
     """
@@ -108,23 +108,32 @@ def _on_grid(v, ELEMENT: tl.constexpr):
 
 
 @triton.jit
+def grid_code(binade, total, ELEMENT: tl.constexpr):
+    """The code of the magnitude that ``on_grid`` rounded: what the sum's bits lie above the addend's are grid steps."""
+    M: tl.constexpr = mantissa_bits(ELEMENT)
+    return total.to(tl.int32, bitcast=True) - binade + (binade >> (23 - M)) + code_offset(ELEMENT)
+
+
+@triton.jit
+def grid_value(binade, total, ELEMENT: tl.constexpr):
+    """The magnitude that ``on_grid`` rounded."""
+    return total - binade.to(tl.float32, bitcast=True) * (1 << (23 - mantissa_bits(ELEMENT)))
+
+
+@triton.jit
 def encode(v, ELEMENT: tl.constexpr):
     """Int32 codes of float32 values: nearest, ties to even, saturating, sign of zero kept."""
-    M: tl.constexpr = mantissa_bits(ELEMENT)
     SIGN: tl.constexpr = 1 << (element_bits(ELEMENT) - 1)
-    binade, total = _on_grid(v, ELEMENT)
-    # What the sum's bits lie above the addend's is the number of grid steps.
-    code = total.to(tl.int32, bitcast=True) - binade + (binade >> (23 - M)) + code_offset(ELEMENT)
-    return code | ((v.to(tl.int32, bitcast=True) >> (32 - element_bits(ELEMENT))) & SIGN)
+    binade, total = on_grid(v, ELEMENT)
+    return grid_code(binade, total, ELEMENT) | ((v.to(tl.int32, bitcast=True) >> (32 - element_bits(ELEMENT))) & SIGN)
 
 
 @triton.jit
 def round_to(v, ELEMENT: tl.constexpr):
     """``decode(encode(v))`` without the code; the sign of zero is kept."""
-    binade, total = _on_grid(v, ELEMENT)
-    addend = binade.to(tl.float32, bitcast=True) * (1 << (23 - mantissa_bits(ELEMENT)))
+    binade, total = on_grid(v, ELEMENT)
     sign = v.to(tl.int32, bitcast=True) & -0x80000000
-    return ((total - addend).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return (grid_value(binade, total, ELEMENT).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

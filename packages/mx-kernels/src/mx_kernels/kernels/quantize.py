@@ -23,6 +23,9 @@ from .bits import (
     e8m0_value,
     element_bits,
     encode,
+    grid_code,
+    grid_value,
+    on_grid,
     round_to,
     split4,
     word_factor,
@@ -73,13 +76,13 @@ def _nvfp4_scale(amax, g, ASM: tl.constexpr):
         ratio = tl.where(quotient < 512.0, ratio, quotient)
     else:
         ratio = tl.div_rn(amax, 6.0 * g)
-    ratio = tl.minimum(tl.maximum(ratio, 0.001953125), 448.0)
-    step = round_to(ratio, "e4m3") * g
+    binade, total = on_grid(tl.maximum(ratio, 0.001953125), "e4m3")
+    step = grid_value(binade, total, "e4m3") * g
     if ASM:
         factor = _reciprocal(step) * shift
     else:
         factor = tl.div_rn(1.0, step)
-    return encode(ratio, "e4m3"), factor
+    return grid_code(binade, total, "e4m3"), factor
 
 
 @triton.jit
@@ -136,6 +139,23 @@ def _store_codes(
 
 
 @triton.jit
+def _load_tile(x, first, live, WHOLE: tl.constexpr, N: tl.constexpr, U: tl.constexpr):
+    """U units (elements or words) from each offset ``first`` [N]: [N, U].
+
+    WHOLE: a thread gets a whole line (by loads of 16 bytes from this layout), so that what is worked out per line is worked out
+    once, not in each of the threads that share it.
+    """
+    if WHOLE:
+        C: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+        at = tl.arange(0, U // (2 * C))[None, :, None] * (2 * C) + tl.arange(0, C)[None, None, :] + first[:, None, None]
+        mask = live[:, None, None]
+        v = tl.join(tl.load(x + at, mask=mask, other=0), tl.load(x + at + C, mask=mask, other=0))
+        return v.trans(0, 1, 3, 2).reshape(N, U)
+    else:
+        return tl.load(x + (first[:, None] + tl.arange(0, U)[None, :]), mask=live[:, None], other=0)
+
+
+@triton.jit
 def _load_blocks(
     x,
     start,
@@ -148,39 +168,25 @@ def _load_blocks(
     N: tl.constexpr,
     B: tl.constexpr,
 ):
-    """Blocks start ... start + N - 1 of x as float32 [N, B].
-
-    PAIRS: two bf16 come as one word, which takes one instruction each to widen. WHOLE: a thread gets whole blocks (by loads of
-    16 bytes from this layout), so that a scale is worked out once, not in each of the threads that share a block.
-    """
+    """Blocks start ... start + N - 1 of x as float32 [N, B]. PAIRS: two bf16 come as one word, and widen by one instruction each."""
+    UNITS: tl.constexpr = 2 if PAIRS else 1
     if PAIRS:
         x = x.to(tl.pointer_type(tl.int32))
-    # A block is U units, words or elements; C of them are 16 bytes.
-    C: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
-    U: tl.constexpr = B // 2 if PAIRS else B
-    if WHOLE:
-        at = tl.arange(0, U // (2 * C))[None, :, None] * (2 * C) + tl.arange(0, C)[None, None, :]
-        mask = live[:, None, None]
-    else:
-        at = tl.arange(0, U)[None, :]
-        mask = live[:, None]
     if ROWS:
         block = start + tl.arange(0, N)
         row = block // per_row
-        first = row * (stride // 2 if PAIRS else stride) + (block - row * per_row) * U
+        first = row * (stride // UNITS) + (block - row * per_row) * (B // UNITS)
     else:
-        x += start * U
-        first = tl.arange(0, N) * U
-    if WHOLE:
-        at += first[:, None, None]
-        v = tl.join(tl.load(x + at, mask=mask, other=0), tl.load(x + at + C, mask=mask, other=0))
-        v = v.trans(0, 1, 3, 2).reshape(N, U)
-    else:
-        v = tl.load(x + (first[:, None] + at), mask=mask, other=0)
-    if PAIRS:
-        return tl.join(v << 16, v & -65536).reshape(N, B).to(tl.float32, bitcast=True)
-    else:
-        return v.to(tl.float32)
+        x += start * (B // UNITS)
+        first = tl.arange(0, N) * (B // UNITS)
+    v = _load_tile(x, first, live, WHOLE, N, B // UNITS)
+    return _widened(v, N, B) if PAIRS else v.to(tl.float32)
+
+
+@triton.jit
+def _widened(words, N: tl.constexpr, B: tl.constexpr):
+    """Words of two bf16 [N, B / 2] -> float32 [N, B]."""
+    return tl.join(words << 16, words & -65536).reshape(N, B).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -335,11 +341,20 @@ def _global_scale_kernel(partial, out, parts, GLOBAL_MIN: tl.constexpr, PARTS: t
 # --- launchers: the arguments and results of the custom ops of the same names ---
 
 TILES = {
-    "quantize": {8: (64, 4, False), 6: (128, 4, True), 4: (128, 4, True)},
+    "quantize": {8: (64, 2, False), 6: (64, 2, True), 4: (256, 4, True)},
     "round_trip": {8: (64, 4, False), 6: (64, 4, False), 4: (64, 4, False)},
-    "dequantize": {8: (64, 4, False), 6: (64, 4, False), 4: (64, 4, False)},
+    "dequantize": {8: (64, 4, False), 6: (64, 4, False), 4: (32, 2, False)},
 }
 """(runs of 32 elements that a program takes, its warps, whether a thread takes whole blocks), by kernel and bits of an element."""
+
+
+def _tile(kind: str, f: Format, blocks: int, units: int) -> tuple[int, int, bool]:
+    """(blocks of a program, its warps, whole blocks per thread): half as large until each of ``units`` multiprocessors has two."""
+    n, warps, whole = TILES[kind][f.element.bits]
+    n = n * 32 // f.block
+    while warps > 1 and n > 32 and blocks < 2 * units * n:
+        n, warps = n // 2, warps // 2
+    return n, warps, whole
 
 
 def _rows(x: Tensor) -> tuple[Tensor, bool]:
@@ -361,8 +376,7 @@ def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tenso
     blocks, per_row = x.numel() // f.block, x.shape[-1] // f.block
     device = target(x.device)
     bits = f.element.bits
-    n, warps, whole = TILES["round_trip" if scale is None else "quantize"][bits]
-    n = n * 32 // f.block
+    n, warps, whole = _tile("round_trip" if scale is None else "quantize", f, blocks, device.units)
     kind, each = _globals(g, blocks, n)
     aligned = rows.data_ptr() % 4 == 0 and rows.stride(0) % 2 == 0
     launch(
@@ -441,8 +455,7 @@ def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format:
     data, scale = data.contiguous(), scale.contiguous()
     if data.data_ptr() % 4:
         data = data.clone()
-    n, warps, _ = TILES["dequantize"][f.element.bits]
-    n = n * 32 // f.block
+    n, warps, _ = _tile("dequantize", f, blocks, target(data.device).units)
     kind, each = _globals(global_scale, blocks, n)
     launch(
         _dequantize_kernel,

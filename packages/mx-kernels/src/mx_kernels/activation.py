@@ -14,6 +14,7 @@ from .dispatch import (
     bytes_of,
     check_float,
     check_last_stride,
+    check_type,
     direct,
     flat_activation,
     has_triton,
@@ -119,13 +120,16 @@ def activate(
     Raises ValueError for an odd gated width, for I off the block and for strides, TypeError for dtypes.
     """
     check_float(h, "h")
+    check_type(activation, Activation, "activation", 'Activation("silu") is one')
     if h.ndim < 1:
-        raise ValueError("h has no dimensions, needs at least one, the features")
+        raise ValueError("h has no dimensions, needs at least one, the features: reshape it to [1, 2I]")
     check_last_stride(h, "h")
     width = activation.out_features(h.shape[-1])
     f = None if requantize_to is None else get_format(requantize_to)
     if f is None and rule is not None:
-        raise ValueError(f"rule is {rule!r} without requantize_to: a scale rule needs a format")
+        raise ValueError(
+            f"rule is {rule!r} without requantize_to: a scale rule needs a format, name it or leave the rule out"
+        )
     if f is not None:
         f.check_k(width, "the activation's output width")
         rule = f.check_rule(rule)

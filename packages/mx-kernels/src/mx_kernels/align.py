@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .alignment import Alignment, capacity
-from .dispatch import check_device, direct, has_triton, kernels
+from .dispatch import check_device, check_type, direct, has_triton, kernels
 from .reference.moe import aligned, local_experts, needs_no_sorting
 
 __all__ = ["Alignment", "moe_align_block_size"]
@@ -109,10 +109,11 @@ def moe_align_block_size(
 
     Raises ValueError for shapes, block sizes, devices and ids out of range, TypeError for dtypes.
     """
+    check_type(ids, Tensor, "ids", "torch.as_tensor makes one")
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"ids is {ids.dtype}, needs int32 or int64")
+        raise TypeError(f"ids is {ids.dtype}, needs int32 or int64: cast it with .int()")
     if ids.ndim != 2:
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, needs [tokens, experts a token]")
+        raise ValueError(f"ids has shape {tuple(ids.shape)}, needs [tokens, experts a token]: reshape it to [T, k]")
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(f"block_size is {block_size}, needs a power of two (16, 32, 64 or 128 suit the kernels)")
     if num_experts < 1:
@@ -120,10 +121,13 @@ def moe_align_block_size(
     if ids.numel() + num_experts * block_size >= 2**31:
         raise ValueError(f"{ids.numel()} pairs do not fit 32-bit indices: split the batch")
     if expert_map is not None:
+        check_type(expert_map, Tensor, "expert_map", "torch.as_tensor makes one")
         if expert_map.dtype != torch.int32:
-            raise TypeError(f"expert_map is {expert_map.dtype}, needs int32")
+            raise TypeError(f"expert_map is {expert_map.dtype}, needs int32: cast it with .int()")
         if expert_map.ndim != 1:
-            raise ValueError(f"expert_map has shape {tuple(expert_map.shape)}, needs [global experts]")
+            raise ValueError(
+                f"expert_map has shape {tuple(expert_map.shape)}, needs [global experts]: one row or -1 for each global id"
+            )
         check_device(expert_map, ids.device, "expert_map", "ids")
         expert_map = expert_map.contiguous()
     if ids.dtype == torch.int64:

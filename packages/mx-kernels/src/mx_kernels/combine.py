@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from .alignment import Alignment
-from .dispatch import FLOATS, check_device, check_float, check_last_stride, direct, has_triton, kernels
+from .dispatch import (
+    check_device,
+    check_float,
+    check_float32,
+    check_last_stride,
+    check_out_dtype,
+    check_type,
+    direct,
+    has_triton,
+    kernels,
+)
 from .reference.moe import combined
 
 
@@ -74,6 +84,7 @@ def combine(
     Raises ValueError for shapes, strides and devices, TypeError for dtypes.
     """
     check_float(y, "y")
+    check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
     check_last_stride(y, "y")
     if y.ndim != 2 or y.shape[0] != tiles.num_pairs:
         raise ValueError(
@@ -82,15 +93,15 @@ def combine(
         )
     check_device(y, tiles.device, "y", "the alignment")
     if weights is not None:
-        if weights.dtype != torch.float32:
-            raise TypeError(f"weights is {weights.dtype}, needs float32")
+        check_float32(weights, "weights")
         if weights.shape != tiles.ids.shape:
-            raise ValueError(f"weights has shape {tuple(weights.shape)}, needs that of ids, {tuple(tiles.ids.shape)}")
+            raise ValueError(
+                f"weights has shape {tuple(weights.shape)}, needs that of ids, {tuple(tiles.ids.shape)}: one a pair"
+            )
         check_device(weights, y.device, "weights", "y")
         weights = weights.contiguous()
     out_dtype = out_dtype or y.dtype
-    if out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype is {out_dtype}, needs float32, bfloat16 or float16")
+    check_out_dtype(out_dtype)
     y = y.contiguous()
     run = kernels("combine").combine if direct(y, tiles.ids, weights) else combine_op
     out: Tensor = run(y, tiles.ids, tiles.num_experts, tiles.expert_map, weights, out_dtype)

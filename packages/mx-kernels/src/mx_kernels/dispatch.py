@@ -118,6 +118,12 @@ def requantized(
     return QuantizedTensor(data.view(f.data_dtype), scale.view(f.scale_dtype), f, f.check_rule(rule), dtype, g)
 
 
+def check_type(value: object, kind: type, what: str, advice: str) -> None:
+    """Raise TypeError unless ``value`` is a ``kind``; ``advice`` says how to make one."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} is a {type(value).__name__}, needs a {kind.__name__}: {advice}")
+
+
 def check_last_stride(t: Tensor, what: str) -> None:
     """Raise ValueError unless the last dimension is contiguous."""
     if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
@@ -125,9 +131,23 @@ def check_last_stride(t: Tensor, what: str) -> None:
 
 
 def check_float(t: Tensor, what: str) -> None:
-    """Raise TypeError unless ``t`` is float32, bfloat16 or float16."""
+    """Raise TypeError unless ``t`` is a tensor of float32, bfloat16 or float16."""
+    check_type(t, Tensor, what, "torch.as_tensor makes one")
     if t.dtype not in FLOATS:
-        raise TypeError(f"{what} is {t.dtype}, needs float32, bfloat16 or float16")
+        raise TypeError(f"{what} is {t.dtype}, needs float32, bfloat16 or float16: cast it with .to()")
+
+
+def check_float32(t: Tensor, what: str) -> None:
+    """Raise TypeError unless ``t`` is a float32 tensor."""
+    check_type(t, Tensor, what, "torch.as_tensor makes one")
+    if t.dtype != torch.float32:
+        raise TypeError(f"{what} is {t.dtype}, needs float32: cast it with .float()")
+
+
+def check_out_dtype(dtype: torch.dtype) -> None:
+    """Raise TypeError unless ``dtype`` is one that results can have."""
+    if dtype not in FLOATS:
+        raise TypeError(f"out_dtype is {dtype}, needs float32, bfloat16 or float16: cast the result to others yourself")
 
 
 def check_device(t: Tensor, device: torch.device, what: str, of: str) -> None:

@@ -64,7 +64,10 @@ class Activation:
         if not self.gated:
             return n
         if n % 2:
-            raise ValueError(f"a gated activation halves its input, which has an odd width of {n}")
+            raise ValueError(
+                f"a gated activation halves its input, which has an odd width of {n}: it needs as many gates as ups "
+                "(gated=False if there are no gates)"
+            )
         return n // 2
 
 
@@ -78,6 +81,7 @@ class Epilogue:
     bias: [N] (``gemm``) or [E, N] (``grouped_gemm``), any float dtype, N before the activation.
     row_weight: float32, one per output row. requantize_to: the result is a QuantizedTensor of that format
     (``rule`` None: the format's default); the activation's output width must be a multiple of its block.
+    TypeError for an activation or a format of another type.
     """
 
     bias: Tensor | None = None
@@ -85,3 +89,10 @@ class Epilogue:
     row_weight: Tensor | None = None
     requantize_to: Format | None = None
     rule: ScaleRule | None = None
+
+    def __post_init__(self) -> None:
+        a, f = self.activation, self.requantize_to
+        if a is not None and not isinstance(a, Activation):
+            raise TypeError(f'activation is a {type(a).__name__}, needs an Activation: Activation("silu") is one')
+        if f is not None and not isinstance(f, Format):
+            raise TypeError(f"requantize_to is a {type(f).__name__}, needs a Format: get_format(name) finds one")

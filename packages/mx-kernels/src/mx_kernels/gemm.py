@@ -16,11 +16,13 @@ from torch import Tensor
 from . import reference
 from .activation import fake_result
 from .dispatch import (
-    FLOATS,
     bytes_of,
     check_device,
     check_float,
+    check_float32,
     check_last_stride,
+    check_out_dtype,
+    check_type,
     direct,
     flat_activation,
     flat_operand,
@@ -129,20 +131,22 @@ def check_operand(t: Operand, name: str) -> None:
         check_float(t, name)
         check_last_stride(t, name)
     else:
-        raise TypeError(f"{name} is a {type(t).__name__}, needs a Tensor or a QuantizedTensor")
+        raise TypeError(f"{name} is a {type(t).__name__}, needs a Tensor or a QuantizedTensor: quantize() makes one")
 
 
 def check_product(x: Operand, w: Operand | PackedWeight) -> None:
     """Raise ValueError unless x [..., K] and w [..., N, K] agree in K and device."""
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(
-            f"x has K = {x.shape[-1]} and w has K = {w.shape[-1]} ({tuple(x.shape)} and {tuple(w.shape)}): both are K last"
+            f"x has K = {x.shape[-1]} and w has K = {w.shape[-1]} ({tuple(x.shape)} and {tuple(w.shape)}): "
+            "both need the same K, last; transpose what has it elsewhere"
         )
     check_device(w if isinstance(w, Tensor) else w.data, x.device, "w", "x")
 
 
 def check_epilogue(epilogue: Epilogue, bias_shape: tuple[int, ...], rows: int, device: torch.device) -> Tensor | None:
     """The row weights as [rows], after every check of the epilogue (ValueError, TypeError)."""
+    check_type(epilogue, Epilogue, "epilogue", "leave it out for none")
     bias, weight, f = epilogue.bias, epilogue.row_weight, epilogue.requantize_to
     n = bias_shape[-1]
     width = n if epilogue.activation is None else epilogue.activation.out_features(n)
@@ -155,15 +159,16 @@ def check_epilogue(epilogue: Epilogue, bias_shape: tuple[int, ...], rows: int, d
         check_last_stride(bias, "bias")
         check_device(bias, device, "bias", "x")
     if weight is not None:
-        if weight.dtype != torch.float32:
-            raise TypeError(f"row_weight is {weight.dtype}, needs float32")
+        check_float32(weight, "row_weight")
         if weight.numel() != rows:
             raise ValueError(f"row_weight has shape {tuple(weight.shape)}, needs {rows} values, one per output row")
         check_device(weight, device, "row_weight", "x")
         weight = weight.reshape(rows).contiguous()
     if f is None:
         if epilogue.rule is not None:
-            raise ValueError(f"rule is {epilogue.rule!r} without requantize_to: a scale rule needs a format")
+            raise ValueError(
+                f"rule is {epilogue.rule!r} without requantize_to: a scale rule needs a format, name it or leave the rule out"
+            )
     else:
         f.check_k(width, "the output's width")
         f.check_rule(epilogue.rule)
@@ -173,8 +178,7 @@ def check_epilogue(epilogue: Epilogue, bias_shape: tuple[int, ...], rows: int, d
 def output_dtype(x: Operand, out_dtype: torch.dtype | None) -> torch.dtype:
     """``out_dtype``, by default x's; TypeError unless it is float32, bf16 or fp16."""
     dtype = out_dtype or x.dtype
-    if dtype not in FLOATS:
-        raise TypeError(f"out_dtype is {dtype}, needs float32, bfloat16 or float16")
+    check_out_dtype(dtype)
     return dtype
 
 

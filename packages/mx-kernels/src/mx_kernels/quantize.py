@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .dispatch import bytes_of, check_device, check_float, check_last_stride, direct, has_triton
+from .dispatch import bytes_of, check_device, check_float, check_float32, check_last_stride, direct, has_triton
 from .formats import Format, ScaleRule, get_format
 from .tensor import QuantizedTensor
 
@@ -53,7 +53,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
         raise TypeError(f"q is {type(q).__name__}, needs a QuantizedTensor: quantize() makes one")
     dtype = q.dtype if dtype is None else dtype
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"dtype is {dtype}, needs bfloat16, float16 or float32")
+        raise TypeError(f"dtype is {dtype}, needs bfloat16, float16 or float32: cast the result to others yourself")
     check_last_stride(q.data, "data")
     check_last_stride(q.scale, "scale")
     args = (bytes_of(q.data), bytes_of(q.scale), q.global_scale, q.format.name, dtype)
@@ -98,7 +98,7 @@ def _kernels() -> Any:
 def _check_input(x: Tensor, f: Format) -> None:
     check_float(x, "x")
     if x.ndim == 0:
-        raise ValueError("x has no dimensions, needs at least one: K, the last")
+        raise ValueError("x has no dimensions, needs at least one, K: reshape it to [1, K]")
     f.check_k(x.shape[-1], "the last dimension of x")
     check_last_stride(x, "x")
 
@@ -108,8 +108,7 @@ def _check_global_scale(g: Tensor | None, f: Format, ndim: int, shape: torch.Siz
         return
     if not f.has_global_scale:
         raise ValueError(f"{f} has no global scale, but one was given: pass global_scale=None")
-    if g.dtype != torch.float32:
-        raise TypeError(f"global_scale is {g.dtype}, needs float32")
+    check_float32(g, "global_scale")
     if g.ndim > max(0, ndim - 2) or g.shape != shape[: g.ndim]:
         raise ValueError(
             f"global_scale has shape {tuple(g.shape)}, needs [] or a prefix of x's leading dimensions {tuple(shape[:-2])}"

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from .alignment import Alignment
-from .dispatch import check_float, check_last_stride, direct, flat_activation, whole_activation
+from .dispatch import (
+    check_device,
+    check_float,
+    check_float32,
+    check_last_stride,
+    check_out_dtype,
+    check_type,
+    direct,
+    flat_activation,
+    has_triton,
+    whole_activation,
+)
 from .epilogue import Epilogue
 from .formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, Format
 from .reference import rebase as reference
@@ -58,13 +69,14 @@ def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
     Raises ValueError for a format that E4M3 cannot hold (NVFP4 and E5M2), a shape that is not [E, N, K], N not a multiple of 16
     where ``gated``, and NaN scales.
     """
+    check_type(w, QuantizedTensor, "w", "quantize it to one of REBASED_FORMATS")
     if w.format not in REBASED_FORMATS:
         names = ", ".join(f.name for f in REBASED_FORMATS)
         raise ValueError(
             f"{w.format} cannot be re-based: its values times their block scales are no E4M3 values; {names} can"
         )
     if w.ndim != 3:
-        raise ValueError(f"w has shape {tuple(w.shape)}, needs [E, N, K]")
+        raise ValueError(f"w has shape {tuple(w.shape)}, needs [E, N, K]: add a dimension for one expert")
     if gated and w.shape[1] % 16:
         raise ValueError(f"a gated weight needs N to be a multiple of 16, got {w.shape[1]}")
     if bool((w.scale == 255).any()):
@@ -111,6 +123,8 @@ def _rebase_rows(
 def _rebase_rows_kernel(
     x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
 ) -> tuple[Tensor, Tensor]:
+    if not has_triton():
+        return reference.rebase_rows(x, sorted_ids, num_padded, num_pairs, top_k, gather)
     from .kernels import rebased as kernels
 
     return kernels.rebase_rows(x, sorted_ids, num_padded, num_pairs, top_k, gather)
@@ -133,11 +147,13 @@ def rebase_rows(x: Tensor, tiles: Alignment, *, top_k: int = 1, gather: bool = F
     """
     check_float(x, "x")
     if x.ndim != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, needs [M, K]")
+        raise ValueError(f"x has shape {tuple(x.shape)}, needs [M, K]: flatten leading dimensions into M")
     MXFP8.check_k(x.shape[1], "K of x")
     check_last_stride(x, "x")
+    check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
+    check_device(tiles.ids, x.device, "the alignment", "x")
     if tiles.sorted_ids is None:
-        raise ValueError("the tile list is not sorted: align with a block size for which moe_align_block_size sorts")
+        raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
     if not gather and x.shape[0] != tiles.sorted_ids.shape[0]:
         raise ValueError(f"x has {x.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]})")
     if gather and x.shape[0] * top_k != tiles.num_pairs:
@@ -156,8 +172,7 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op("mx_kernels::grouped_gemm_rebased", mutates_args=(), schema=_SCHEMA)
-def _grouped_gemm_rebased(  # type: ignore[no-untyped-def]
+def _rebased_product(  # type: ignore[no-untyped-def]
     x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight, scatter,
     promote, out_dtype,
 ):  # fmt: skip
@@ -167,11 +182,21 @@ def _grouped_gemm_rebased(  # type: ignore[no-untyped-def]
     return reference.grouped_gemm_rebased(x, x_scale, w, w_scale, tiles, epilogue, scatter, out_dtype)
 
 
+_grouped_gemm_rebased = torch.library.custom_op(
+    "mx_kernels::grouped_gemm_rebased", _rebased_product, mutates_args=(), schema=_SCHEMA
+)
+
+
 @_grouped_gemm_rebased.register_kernel(("cuda", "xpu"))
 def _grouped_gemm_rebased_kernel(  # type: ignore[no-untyped-def]
     x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight, scatter,
     promote, out_dtype,
 ):  # fmt: skip
+    if not has_triton():
+        return _rebased_product(
+            x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit,
+            row_weight, scatter, promote, out_dtype,
+        )  # fmt: skip
     from .kernels import rebased as kernels
 
     return kernels.grouped_gemm_rebased(
@@ -204,10 +229,22 @@ def grouped_gemm_rebased(
     Row r of the result belongs to slot r of the tile list; with ``scatter``, row p to pair p. Rows without a pair are zero from the
     reference and undefined on a GPU. Epilogue: bias [E, N], a gated "silu" or "swiglu_oai" (exactly where ``w.gated``), row weight.
     promote: sum in float32 every 128 along K instead of in the matrix unit's accumulator; the reference always does.
-    Raises ValueError for shapes, and for an epilogue that it does not have.
+    Raises ValueError for shapes, devices, and an epilogue that it does not have; TypeError for dtypes.
     """
     epilogue = epilogue or Epilogue()
+    check_type(x, tuple, "x", "rebase_rows returns one")
+    check_type(w, RebasedWeight, "w", "rebase makes one")
+    check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
+    check_out_dtype(out_dtype)
     data, scale = x
+    if data.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (data.shape[0],):
+        raise ValueError(
+            f"x is {data.dtype} {tuple(data.shape)} with scales {tuple(scale.shape)}, needs float8_e4m3fn [capacity, K] with "
+            "one float32 scale a row: pass what rebase_rows returns"
+        )
+    check_float32(scale, "the scale of x")
+    check_device(w.data, data.device, "w", "x")
+    check_device(tiles.ids, data.device, "the alignment", "x")
     act = epilogue.activation
     if (act is not None) != w.gated:
         raise ValueError(f"the weight was re-based with gated={w.gated}, but the epilogue's activation is {act}")
@@ -224,11 +261,19 @@ def grouped_gemm_rebased(
         raise ValueError(f"the tile list is for {tiles.num_experts} experts, w has {w.shape[0]}")
     bias = epilogue.bias
     if bias is not None:
+        check_float(bias, "bias")
+        check_device(bias, data.device, "bias", "x")
         if tuple(bias.shape) != tuple(w.shape[:2]):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, needs [E, N] = {tuple(w.shape[:2])}")
         bias = reference.gate_up_rows(bias) if w.gated else bias
     kind, _, _, alpha, beta, limit = flat_activation(act)
-    weight = None if epilogue.row_weight is None else epilogue.row_weight.reshape(-1)
+    weight = epilogue.row_weight
+    if weight is not None:
+        check_float32(weight, "row_weight")
+        check_device(weight, data.device, "row_weight", "x")
+        if weight.numel() != tiles.num_pairs:
+            raise ValueError(f"row_weight has shape {tuple(weight.shape)}, needs {tiles.num_pairs} values, one a pair")
+        weight = weight.reshape(-1)
     call = _grouped_gemm_rebased_kernel if direct(data, w.data) else _grouped_gemm_rebased
     result: Tensor = call(
         data.view(torch.uint8), scale, w.data.view(torch.uint8), w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,

@@ -202,7 +202,7 @@ def dequantize_parts(data: Tensor, scale: Tensor, global_scale: Tensor | None, f
     f = get_format(format)
     values = decode(unpack_codes(data, f), f.element).unflatten(-1, (-1, f.block))
     step = scale_to_float(scale.view(torch.uint8)) if f.scale == "e8m0" else decode(scale.view(torch.uint8), E4M3)
-    values = (values * step[..., None]).flatten(-2)
+    values = torch.flatten(values * step[..., None], -2)
     return values if global_scale is None else values * _broadcast_global(global_scale, values.ndim)
 
 

@@ -22,7 +22,9 @@ _FIRST_NONFINITE_E8M0 = 0xFE
 
 
 def check_dtype(name: str, x: Tensor) -> None:
-    """Raise TypeError unless ``x`` holds bfloat16, float16 or float32."""
+    """Raise TypeError unless ``x`` is a tensor of bfloat16, float16 or float32."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, needs a Tensor: torch.as_tensor makes one")
     if x.dtype not in SOURCE_DTYPES:
         hint = (
             "it looks quantized already: read it with its checkpoint layout"
@@ -46,12 +48,16 @@ def check_finite(name: str, x: Tensor) -> None:
     if torch.isfinite(torch.stack((low, high)).float()).all():
         return
     bad = ~torch.isfinite(x.reshape(-1))
-    flat = int(bad.int().argmax())
+    count, flat = int(bad.sum()), int(bad.int().argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), x.shape))
     value = float(x.reshape(-1)[flat])
+    advice = (
+        "load it: it seems that nothing was loaded into it"
+        if count == x.numel()
+        else "repair the source, or leave this tensor out of quantization"
+    )
     raise ValueError(
-        f"{name} is not finite: {int(bad.sum())} of {x.numel()} values, the first is {value} at index {index}; "
-        f"repair the source, or leave this tensor out of quantization"
+        f"{name} is not finite: {count} of {x.numel()} values, the first is {value} at index {index}; {advice}"
     )
 
 

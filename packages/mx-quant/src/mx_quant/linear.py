@@ -99,6 +99,8 @@ class MxLinear(nn.Module):
         not bf16, fp16 or fp32, ValueError for K that does not fit the format and for weights that are not finite.
         """
         scheme = get_scheme(scheme)
+        if not isinstance(source, nn.Linear):
+            raise TypeError(f"source is a {type(source).__name__}, needs an nn.Linear: from_quantized takes a weight")
         q = quantize_finite(name, source.weight.detach(), scheme.weight, rule=scheme.rule, global_scale=global_scale)
         return cls.from_quantized(q, None if source.bias is None else source.bias.detach().clone(), scheme.activation)
 

@@ -236,6 +236,17 @@ def _pread_bytes(fd: int, n: int, at: int, what: str) -> bytes:
     return bytes(buffer)
 
 
+def _read_header(fd: int, size: int, file: str) -> bytes:
+    if size < 8:
+        raise ValueError(f"{file} has {size} bytes, too few for a safetensors file, which needs at least 8")
+    (n,) = struct.unpack("<Q", _pread_bytes(fd, 8, 0, file))
+    if n > HEADER_LIMIT or n > size - 8:
+        raise ValueError(
+            f"{file} claims a header of {n} bytes in a file of {size} bytes (limit {HEADER_LIMIT}): not safetensors, or truncated"
+        )
+    return _pread_bytes(fd, n, 8, file)
+
+
 def bytes_of(t: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     return t.reshape(-1).view(torch.uint8).numpy().data
@@ -296,16 +307,11 @@ class ShardReader:
         _check_file_name(file, str(self.folder))
         fd = self._fds[file] = _open(self.folder, file)
         size = self.sizes[file] = os.fstat(fd).st_size
-        if size < 8:
-            raise ValueError(f"{file} has {size} bytes, too few for a safetensors file")
-        (n,) = struct.unpack("<Q", _pread_bytes(fd, 8, 0, file))
-        if n > HEADER_LIMIT or n > size - 8:
-            raise ValueError(
-                f"{file} claims a header of {n} bytes in a file of {size} bytes (limit {HEADER_LIMIT}): not safetensors, or truncated"
-            )
-        raw = _pread_bytes(fd, n, 8, file)
-        tensors, self.metadata[file] = parse_header(raw, size - 8 - n, file)
-        self.headers[file] = raw
+        try:
+            raw = self.headers[file] = _read_header(fd, size, file)
+            tensors, self.metadata[file] = parse_header(raw, size - 8 - len(raw), file)
+        except ValueError as error:
+            raise ValueError(f"{error}; copy or download {self.folder / file} again") from None
         for name, info in tensors.items():
             if name in self.tensors:
                 raise ValueError(f"tensor {name!r} is both in {self.tensors[name].file} and in {file}")
@@ -314,11 +320,13 @@ class ShardReader:
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise ValueError(f"the index says that {name!r} is in {file}, but that file does not hold it")
+                raise ValueError(
+                    f"the index says that {name!r} is in {file}, but that file does not hold it: download both again"
+                )
         for name, info in self.tensors.items():
             if name not in weight_map:
                 raise ValueError(
-                    f"{info.file} holds {name!r}, which the index does not list: index and shards disagree"
+                    f"{info.file} holds {name!r}, which the index does not list: index and shards disagree, download both again"
                 )
 
     @property

@@ -8,18 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mx_kernels as mk
-from mx_kernels.tuning import Config, Problem, best_split, block_pairs, choose_config
-
-SHARED = 232448  # bytes of shared memory a block may have on sm_90
-
-
-def shared_bytes(c: Config, p: Problem) -> float:
-    """Activations are buffered in every stage, codes and scales (which go on to registers) in one fewer."""
-    codes = {"e2m1": 0.5, "": 2.0}.get(p.element, 1.0) * c.rows * c.step
-    scales = 0 if p.element == "" else c.rows * c.step / p.block
-    weights = (codes + scales) * (c.stages if p.element == "" else c.stages - 1)
-    return 2.0 * c.pairs * c.step * c.stages + weights
-
+from mx_kernels.tuning import Problem, best_split, block_pairs, choose_config, shared_bytes
 
 problems = st.builds(
     Problem,
@@ -32,18 +21,23 @@ problems = st.builds(
 )
 
 
-@given(problems, st.sampled_from([0, 16, 32, 64, 128]), st.sampled_from([0, 8, 132, 304]))
+@given(
+    problems,
+    st.sampled_from([0, 16, 32, 64, 128]),
+    st.sampled_from([0, 8, 132, 304]),
+    st.sampled_from([101376, 166912, 232448]),
+)
 @settings(max_examples=300, deadline=None)
-def test_every_choice_is_legal(p, pairs, units):
+def test_every_choice_is_legal(p, pairs, units, shared):
     pairs = pairs or block_pairs(p.num_pairs, p.num_experts)
-    c = choose_config(p, pairs, units)
+    c = choose_config(p, pairs, units, shared)
     assert c.pairs == pairs
     assert c.rows in (64, 128, 256)
     assert c.split in (1, 2, 4, 8)
     assert c.split <= -(-p.k // c.step)
     assert c.pairs // (1 << (c.levels - 1)) >= 16
     assert c.split == 1 or c.group == 1
-    assert shared_bytes(c, p) <= SHARED
+    assert shared_bytes(c, p) <= shared
     assert c.rows <= max(64, 2 * p.n)
 
 

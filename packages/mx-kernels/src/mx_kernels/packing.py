@@ -85,8 +85,18 @@ class PackedWeight:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> PackedWeight:
         """Apply ``f`` to each of its tensors."""
-        names = ("data", "scale", "alpha", "shift", "global_scale")
-        return replace(self, **{n: f(t) for n in names if (t := getattr(self, n)) is not None})
+
+        def some(t: Tensor | None) -> Tensor | None:
+            return None if t is None else f(t)
+
+        return replace(
+            self,
+            data=f(self.data),
+            scale=some(self.scale),
+            alpha=some(self.alpha),
+            shift=some(self.shift),
+            global_scale=some(self.global_scale),
+        )
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""
@@ -346,16 +356,17 @@ def _packed_rows(t: Tensor, gated: bool, layout: str) -> Tensor:
     """[E, N, X] -> [E, 16 * strips, X], zeros where there is no row."""
     if not gated:
         return torch.nn.functional.pad(t, (0, 0, 0, -t.shape[1] % STRIP))
-    half = t.unflatten(1, (2, -1)) if layout == "concatenated" else t.unflatten(1, (-1, 2)).transpose(1, 2)
+    half: Tensor = t.unflatten(1, (2, -1)) if layout == "concatenated" else t.unflatten(1, (-1, 2)).transpose(1, 2)
     half = torch.nn.functional.pad(half, (0, 0, 0, -half.shape[2] % 8))
-    return half.unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3)
+    half = half.unflatten(2, (-1, 8)).transpose(1, 2)
+    return half.flatten(1, 3)
 
 
 def _canonical_rows(t: Tensor, n: int, gated: bool, layout: str) -> Tensor:
     """The inverse: [E, 16 * strips, X] -> [E, N, X]."""
     if not gated:
         return t[:, :n]
-    half = t.unflatten(1, (-1, 2, 8)).transpose(1, 2).flatten(2, 3)[:, :, : n // 2]
+    half: Tensor = t.unflatten(1, (-1, 2, 8)).transpose(1, 2).flatten(2, 3)[:, :, : n // 2]
     return (half if layout == "concatenated" else half.transpose(1, 2)).flatten(1, 2)
 
 
@@ -429,4 +440,5 @@ def _pack_scale(scale: Tensor, k: int, width: int, gated: bool, layout: str, f: 
     if over := _repeated(k, _stored(f).name, f):  # the last tile ends at K: its first bytes belong to repeated columns
         scale[..., -per_tile:] = scale[..., -per_tile:].roll(over, -1)
     scale = torch.nn.functional.pad(scale, (0, 0, 0, -scale.shape[1] % SCALE_ROWS))
-    return scale.unflatten(-1, (tiles, per_tile)).transpose(1, 2).contiguous()
+    scale = scale.unflatten(-1, (tiles, per_tile)).transpose(1, 2)
+    return scale.contiguous()

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 UNITS = 132  # multiprocessors, where the device does not say
+SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likewise
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ def block_pairs(num_pairs: int, num_experts: int, nvfp4: bool = False) -> int:
     return 128
 
 
+def shared_bytes(c: Config, p: Problem) -> int:
+    """Shared memory of a program: activations in every stage; codes and scales, which go on to registers, in one fewer."""
+    codes = {"e2m1": 0.5, "": 2.0}.get(p.element, 1.0) * c.rows * c.step
+    scales = 0 if p.element == "" else c.rows * c.step // p.block
+    return 2 * c.pairs * c.step * c.stages + int(codes + scales) * (c.stages if p.element == "" else c.stages - 1)
+
+
 def best_split(p: Problem, rows: int, step: int, units: int) -> int:
     """Programs that share a tile's K loop, for few pairs: the fastest by a model in microseconds on an H200.
 
@@ -92,8 +100,17 @@ def best_split(p: Problem, rows: int, step: int, units: int) -> int:
     return best
 
 
-def choose_config(p: Problem, pairs: int, units: int = UNITS) -> Config:
-    """The configuration for blocks of ``pairs`` pairs. units: multiprocessors of the device."""
+def choose_config(p: Problem, pairs: int, units: int = UNITS, shared: int = SHARED) -> Config:
+    """The configuration for blocks of ``pairs`` pairs. units: multiprocessors; shared: bytes a program may have of the device."""
+    c = _preferred(p, pairs, units)
+    while c.stages > 2 and shared_bytes(c, p) > shared:
+        c = replace(c, stages=c.stages - 1)
+    if shared_bytes(c, p) > shared and c.rows > 64:
+        c = replace(c, rows=64, warps=4)
+    return c
+
+
+def _preferred(p: Problem, pairs: int, units: int) -> Config:
     plain = p.element == ""
     rows = min(128, max(64, 1 << (p.n - 1).bit_length()))
     step = 64 if plain else 128

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..formats import FORMATS
-from ..tuning import Config, Problem, choose_config
+from ..tuning import SHARED, UNITS, Config, Problem, choose_config
 from .dot import packed_dot
 from .epilogue import outputs, store
 
@@ -269,12 +269,14 @@ def _counter(device: torch.device, count: int) -> Tensor:
 
 
 @functools.cache
-def _facts(device: torch.device) -> tuple[int, bool]:
-    """(multiprocessors or 0, programmatic dependent launch)."""
+def _facts(device: torch.device) -> tuple[int, int, bool]:
+    """(multiprocessors, bytes of shared memory a program may have, programmatic dependent launch)."""
     if device.type != "cuda":
-        return 0, False
+        return UNITS, SHARED, False
     p = torch.cuda.get_device_properties(device)
-    return p.multi_processor_count, torch.version.hip is None and p.major >= 9
+    nvidia = torch.version.hip is None
+    shared = p.shared_memory_per_block_optin if nvidia else p.shared_memory_per_block
+    return p.multi_processor_count, shared, nvidia and p.major >= 9
 
 
 def grouped_gemm_packed(
@@ -381,14 +383,14 @@ def _plan(
             (w_stride[0] // 4, w_stride[1] // 4, s_stride[0], s_stride[1]),
             2 if k < width else int(k % 128 != 0),
         )
-    units, dependent = _facts(device)
+    units, shared, dependent = _facts(device)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
-    c = config or choose_config(problem, block, units)
+    c = config or choose_config(problem, block, units, shared)
     pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
     tiles = -(-strips * 16 // c.rows)
     count = shape[0] if len(shape) == 3 else 1
     largest = max(math.prod(shape), num_pairs * n)
-    options = {"num_warps": c.warps, "num_stages": c.stages}
+    options = {"num_warps": c.warps, "num_stages": c.stages if torch.version.hip is None else 2}
     if c.maxnreg and ptx:
         options["maxnreg"] = c.maxnreg
     if pdl:

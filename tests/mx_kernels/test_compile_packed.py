@@ -1,0 +1,126 @@
+"""The packed grouped GEMM, ahead of time: the instructions, registers and spills of what is launched, on every target.
+
+The bounds are what Triton 3.6 makes of the shipped configurations, with a few percent to spare: more instructions in the
+K loop, a spill inside of it or serialized wgmma would cost speed that no other test can see.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mx_kernels as mk
+from mx_kernels.packed_gemm import flat_product
+from mx_kernels.tuning import Problem, choose_config
+
+kernel = pytest.importorskip("mx_kernels.kernels.grouped_gemm", exc_type=ImportError)
+pytestmark = pytest.mark.compile
+OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
+EXPERTS = 16
+PAIRS = {16: 64, 32: EXPERTS * 16, 64: EXPERTS * 32, 128: EXPERTS * 256}  # block -> pairs
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What ``grouped_gemm_packed`` would launch: (tensors, sizes, constants, options)."""
+    calls = []
+    monkeypatch.setattr(kernel, "_launch", lambda plan, tensors: calls.append((plan, tensors)))
+
+    def run(name: str, block: int, k: int, act: mk.Activation | None):
+        w = torch.randn(1, 256, k)
+        q = w.bfloat16() if name == "bf16" else mk.quantize(w, name)
+        p = mk.pack(q, gated=act is not None, layout=act.layout if act else "concatenated")
+        p = p.map(lambda t: torch.empty((EXPERTS, *t.shape[1:]) if t.ndim else t.shape, dtype=t.dtype, device="meta"))
+        object.__setattr__(p, "shape", torch.Size((EXPERTS, 256, k)))
+        pairs = PAIRS[block]
+        i32 = {"dtype": torch.int32, "device": "meta"}
+        ids = torch.empty((pairs // 4, 4), **i32)
+        slots = pairs + EXPERTS * block
+        routed = (torch.empty(slots, **i32), torch.empty(slots // block, **i32), torch.empty(1, **i32))
+        if pairs <= 64:
+            routed = (None, torch.empty(pairs, **i32), torch.empty(0, **i32))
+        tiles = mk.Alignment(ids, EXPERTS, block, *routed)
+        x = torch.empty((pairs // 4, k), dtype=torch.bfloat16, device="meta")
+        bias = torch.empty((EXPERTS, 256), dtype=torch.bfloat16, device="meta") if act else None
+        args = flat_product(x, p, tiles, 4, mk.Epilogue(bias, act), None, torch.bfloat16)
+        kernel.grouped_gemm_packed(*args)
+        return calls[-1]
+
+    return run
+
+
+def compiled(aot, plan, tensors, target: str, **changed):
+    names = kernel._grouped_gemm_packed_kernel.arg_names
+    types = {torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32"}
+    values = (*(types[t.dtype] for t in tensors), *("fp32" if isinstance(s, float) else "i32" for s in plan.sizes))
+    signature = dict(zip(names, values))
+    constants = {**dict(zip(names[len(values) :], plan.constants)), **changed}
+    options = {k: v for k, v in plan.options.items() if not (aot.TARGETS[target].backend == "hip" and k == "maxnreg")}
+    if aot.TARGETS[target].backend == "hip":
+        options["num_stages"] = 2
+    loose = ("experts", "pairs", "blocks", "piece_stride", "strips", "rows")
+    return aot.compile_kernel(
+        kernel._grouped_gemm_packed_kernel, signature, constants, target, unaligned=loose, **options
+    ), constants
+
+
+LIMITS = {  # (format, block) -> registers, instructions of the K loop for each weight of a thread (widest loop)
+    ("mxfp4", 16): (128, 3.05),
+    ("mxfp4", 32): (168, 3.15),
+    ("mxfp4", 64): (168, 3.40),
+    ("mxfp4", 128): (255, 3.85),
+    ("nvfp4", 16): (128, 3.20),
+    ("nvfp4", 64): (168, 3.60),
+    ("nvfp4", 128): (255, 4.05),
+    ("mxfp8", 16): (128, 3.85),
+    ("mxfp8", 32): (168, 4.00),
+    ("mxfp8", 64): (168, 4.25),
+    ("mxfp8", 128): (255, 4.60),
+}
+
+
+@pytest.mark.parametrize("act", [OAI, None], ids=["gemm1", "gemm2"])
+@pytest.mark.parametrize(("name", "block"), LIMITS)
+def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
+    made, c = compiled(aot, *launched(name, block, 448, act), "sm_90")
+    registers, instructions = LIMITS[name, block]
+    assert "wgmma.mma_async" in made.asm
+    assert not any(code in made.log for code in ("C7510", "C7515"))
+    assert made.registers <= registers
+    loops = [loop for loop in made.loops() if any(line.startswith("HGMMA") for line in loop)]
+    assert len(loops) == c["LEVELS"]
+    for loop in loops:
+        assert not [line for line in loop if line.startswith("STL")], "a spill in the K loop"
+        assert sum(line.startswith("LDL") for line in loop) <= 8
+    threads = 32 * 4 if c["N"] <= 128 else 32 * 8
+    assert len(loops[-1]) / (c["N"] * c["BK"] / threads) <= instructions
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "nvfp4", "bf16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942", "gfx950"])
+def test_every_target(aot, launched, target, name):
+    """PTX for NVIDIA, plain Triton for the others: ``mma``, ``mfma``, and nothing scaled by the hardware."""
+    hip = aot.TARGETS[target].backend == "hip"
+    plan, tensors = launched(name, 64, 448, OAI)
+    made, _ = compiled(aot, plan, tensors, target, PTX=not hip, PDL=False)
+    want = "v_mfma" if hip else "tcgen05.mma" if target == "sm_100" else "mma.sync"
+    assert want in made.asm or (target == "sm_100" and "mma.sync" in made.asm)
+
+
+def test_plain_weights_on_hopper(aot, launched):
+    for block in (16, 64, 128):
+        made, _ = compiled(aot, *launched("bf16", block, 448, OAI), "sm_90")
+        assert "wgmma.mma_async" in made.asm
+        assert not any(code in made.log for code in ("C7510", "C7515"))
+        loops = [loop for loop in made.loops() if any(line.startswith("HGMMA") for line in loop)]
+        assert not [line for loop in loops for line in loop if line.startswith(("STL", "LDL"))]
+
+
+def test_split_and_dependent_launch(aot, launched):
+    """One token: split K, a reduction by the last to arrive, and waiting for the kernel in front."""
+    plan, tensors = launched("mxfp4", 16, 2880, None)
+    made, _ = compiled(aot, plan, tensors, "sm_90", SPLIT=4, PDL=True)
+    assert "griddepcontrol.wait" in made.asm
+    assert "griddepcontrol.launch_dependents" in made.asm
+    assert "atom.global.gpu.acq_rel.add" in made.asm
+    assert choose_config(Problem("e2m1", 32, 4, 128, 2880, 2880), 16).split == 4

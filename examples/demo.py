@@ -35,11 +35,11 @@ def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
 
 
-def score_formats(text: bytes, bar) -> list[list[str]]:
+def score_formats(models: Sequence[str], text: bytes, bar) -> list[list[str]]:
     from mx_moe.eval import evaluate
 
     rows = [["model", "experts", "bits per byte", "change", "expert bytes", "bits a weight", "covered", "backend"]]
-    for model in MODELS:
+    for model in models:
         plain = None
         for name in FORMATS:
             bar.set_description(f"{model} {name}")
@@ -57,14 +57,14 @@ def score_formats(text: bytes, bar) -> list[list[str]]:
     return rows
 
 
-def write_and_reload(text: bytes, folder: Path, bar) -> tuple[list[list[str]], bool]:
+def write_and_reload(models: Sequence[str], text: bytes, folder: Path, bar) -> tuple[list[list[str]], bool]:
     """Each layout: quantize on disk, reload, and score; the same as quantized in memory, and as dequantized on disk."""
     import mx_quant as mq
     from mx_moe.eval import evaluate
 
     rows = [["model", "layout", "experts", "megabytes", "reloaded", "its 16-bit copy", "the same"]]
     same = True
-    for model in MODELS:
+    for model in models:
         for layout, name in LAYOUTS.items():
             bar.set_description(f"{model} {layout}")
             out, copy = folder / f"{model}-{layout}", folder / f"{model}-{layout}-bf16"
@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--max-bytes", type=int, default=16384, help="bytes of text to score in part 1 (default 16384)")
     p.add_argument("--reload-bytes", type=int, default=2048, help="bytes of text to score in part 2 (default 2048)")
+    p.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which of the two (default both)")
     args = p.parse_args(argv)
 
     from tqdm import tqdm
@@ -103,19 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     text = (HERE / "python-docs.txt").read_bytes()
     print("Experts run on:", *str(select_mxfp8_moe_backend()).splitlines(), sep="\n  ")
-    with tqdm(total=len(MODELS) * (len(FORMATS) + len(LAYOUTS)), unit="run", file=sys.stderr) as bar:
-        rows = score_formats(text[: args.max_bytes], bar)
+    with tqdm(total=len(args.models) * (len(FORMATS) + len(LAYOUTS)), unit="run", file=sys.stderr) as bar:
+        rows = score_formats(args.models, text[: args.max_bytes], bar)
         bar.clear()
         print(f"\nBits per byte of {min(args.max_bytes, len(text)):,} bytes of Python documentation:\n")
         print(*table(rows), sep="\n", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            rows, same = write_and_reload(text[: args.reload_bytes], Path(folder), bar)
+            rows, same = write_and_reload(args.models, text[: args.reload_bytes], Path(folder), bar)
             bar.clear()
             print("\nCheckpoints written in each layout, read again and scored:\n")
             print(*table(rows), sep="\n", flush=True)
-            model, _ = load_quantized(Path(folder) / f"{MODELS[1]}-gpt-oss")
+            model, _ = load_quantized(Path(folder) / f"{args.models[-1]}-gpt-oss")
             line = continue_line(model, PROMPT, new_bytes=96)
-    print(f"\n{MODELS[1]}, reloaded in MXFP4, continues a line:\n\n{(PROMPT + line).decode(errors='replace')}")
+    print(f"\n{args.models[-1]}, reloaded in MXFP4, continues a line:\n\n{(PROMPT + line).decode(errors='replace')}")
     print(f"\n{time.perf_counter() - start:.0f} s")
     if not same:
         print("a reloaded checkpoint differs from what was written", file=sys.stderr)

@@ -384,9 +384,11 @@ def test_compiles_to_one_graph(oracle, weight: str, experts: int) -> None:
     def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return experts(x, Routing(ids, weights))
 
+    torch._dynamo.reset()
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
-    got = compiled(case.x, case.routing.ids, case.routing.weights)
-    torch.testing.assert_close(got, experts(case.x, case.routing), rtol=2**-7, atol=2**-8)
+    for tokens in (13, 7, 11):  # the second call makes the number of tokens symbolic
+        args = (case.x[:tokens], case.routing.ids[:tokens], case.routing.weights[:tokens])
+        assert torch.equal(compiled(*args), forward(*args))
 
 
 def test_hit_experts_without_reading_values() -> None:

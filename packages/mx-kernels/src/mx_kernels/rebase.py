@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .alignment import Alignment
 from .dispatch import (
+    bytes_of,
     check_device,
     check_float,
     check_float32,
@@ -25,6 +26,7 @@ from .dispatch import (
     direct,
     flat_activation,
     has_triton,
+    kernels,
     whole_activation,
 )
 from .epilogue import Epilogue
@@ -64,7 +66,7 @@ class RebasedWeight:
 
 
 def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
-    """Fold the block scales of each row of ``w`` [E, N, K] into its codes. Copies; one expert at a time; waits for the device.
+    """Fold the block scales of each row of ``w`` [E, N, K] into its codes. Copies; waits for the device.
 
     Raises ValueError for a format that E4M3 cannot hold (NVFP4 and E5M2), a shape that is not [E, N, K], N not a multiple of 16
     where ``gated``, and NaN scales.
@@ -81,27 +83,17 @@ def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
         raise ValueError(f"a gated weight needs N to be a multiple of 16, got {w.shape[1]}")
     if bool((w.scale == 255).any()):
         raise ValueError("w has NaN block scales (255): they cannot be re-based; mend or quantize the weight again")
-    data = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    scale = torch.empty(w.shape[:2], dtype=torch.float32, device=w.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=w.device)
-    for e in range(w.shape[0]):
-        codes = unpack_codes(w.data[e], w.format)
-        data[e], scale[e] = reference.rebased(codes, w.scale[e], w.format.element)
-        now = decode(data[e], MXFP8.element)
-        lift = torch.exp2(w.scale[e].float() - w.scale[e].amax(-1, keepdim=True).float())
-        want = (
-            decode(codes, w.format.element)
-            * lift.repeat_interleave(32, -1)
-            * 2.0 ** reference.octaves_of_room(w.format.element)
-        )
-        row = scale[e].double()[:, None]
-        sums += torch.stack([
-            (now != want).sum().double(), (want != 0).sum().double(),
-            (((now - want).double() * row) ** 2).sum(), ((want.double() * row) ** 2).sum(),
-        ])  # fmt: skip
+    lift = reference.octaves_of_room(w.format.element)
+    if direct(w.data, w.scale):
+        data, scale, rows = kernels("rebased").rebase(bytes_of(w.data), w.scale, w.format, lift, gated)
+        rows = rows.double()
+        rows[..., 2:] *= scale.double().square()[..., None]
+        sums = rows.sum((0, 1))
+    else:
+        data, scale, sums = _rebase(w, lift)
+        if gated:
+            data, scale = reference.gate_up_rows(data), reference.gate_up_rows(scale)
     changed, nonzero, wrong, total = sums.tolist()
-    if gated:
-        data, scale = reference.gate_up_rows(data), reference.gate_up_rows(scale)
     return RebasedWeight(
         data.view(torch.float8_e4m3fn),
         scale,
@@ -110,6 +102,26 @@ def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
         changed / max(nonzero, 1),
         (wrong / total) ** 0.5 if total else 0.0,
     )
+
+
+def _rebase(w: QuantizedTensor, lift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [E, N, K], scales [E, N], and float64 [4]: numbers of changed and of non-zero weights, squares of changes and weights."""
+    data = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    scale = torch.empty(w.shape[:2], dtype=torch.float32, device=w.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=w.device)
+    for e in range(w.shape[0]):
+        codes = unpack_codes(w.data[e], w.format)
+        data[e], scale[e] = reference.rebased(codes, w.scale[e], w.format.element)
+        now = decode(data[e], MXFP8.element)
+        down = w.scale[e].int() - w.scale[e].amax(-1, keepdim=True).int() + lift
+        factor = ((down + 127).clamp(min=1) << 23).view(torch.float32)  # a weight below 2^-126 of the largest still counts
+        want = decode(codes, w.format.element) * factor.repeat_interleave(32, -1)
+        row = scale[e].double()[:, None]
+        sums += torch.stack([
+            (now != want).sum().double(), (want != 0).sum().double(),
+            (((now - want).double() * row) ** 2).sum(), ((want.double() * row) ** 2).sum(),
+        ])  # fmt: skip
+    return data, scale, sums
 
 
 @torch.library.custom_op("mx_kernels::rebase_rows", mutates_args=())

@@ -158,8 +158,9 @@ def activate(
         return out, scale
     blocks = math.prod(lead) * width // block
     device = target(h.device)
+    pairs = h.dtype == torch.bfloat16 and block == 32 and h.data_ptr() % 4 == 0
     # Whole blocks need one a thread, 128 for four warps; few blocks are spread over all multiprocessors.
-    n, warps = 2048 // block if f is None else 128, 4
+    n, warps = 128 if f is not None and pairs else 2048 // block, 4
     while warps > 1 and blocks < 2 * device.units * n:
         n, warps = n // 2, warps // 2
     launch(
@@ -182,8 +183,9 @@ def activate(
         RULE=rule,
         FP8=device.fp8,
         ASM=device.asm and (f is None or device.fp8 or f.element.bits != 6),
-        PAIRS=h.dtype == torch.bfloat16 and block == 32 and h.data_ptr() % 4 == 0,
-        WHOLE=f is not None,
+        PAIRS=pairs,
+        # Not from float32: its interleaved tile has permuted registers, whose FP8 codes Triton 3.6 swaps in a warp shuffle.
+        WHOLE=f is not None and pairs,
         WIDE=blocks >= 2**31 - n,
         N=n,
         B=block,

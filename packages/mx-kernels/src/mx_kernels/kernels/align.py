@@ -18,7 +18,7 @@ from torch import Tensor
 from ..alignment import capacity
 from .launch import launch
 
-FUSED_PAIRS = 8192
+FUSED_PAIRS = 4096
 CHUNK = 128
 
 
@@ -109,10 +109,12 @@ def _align_kernel(
     end = tl.cumsum(padded, 0)
     start = end - padded
 
-    key = tl.where(kept, mine, -1)
-    place = tl.arange(0, CHUNK)
-    earlier = (key[:, None] == key[None, :]) & (place[:, None] > place[None, :])
-    position = tl.gather(start + before, mine, 0) + tl.sum(earlier.to(tl.int32), 1)
+    position = tl.gather(start + before, mine, 0)
+    for column in tl.static_range(0, CHUNK, 32):
+        j = first + column + tl.arange(0, 32)
+        other, valid = _experts(ids, expert_map, j, pairs, experts, num_global, HAS_MAP)
+        earlier = (mine[:, None] == other[None, :]) & valid[None, :] & (i[:, None] > j[None, :])
+        position += tl.sum(earlier.to(tl.int32), 1)
     tl.store(sorted_ids + position, i, mask=kept)
 
     used = tl.sum(padded, 0)

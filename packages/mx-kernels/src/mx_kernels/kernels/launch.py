@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 
 @dataclass(frozen=True)
@@ -38,5 +37,3 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     with guard:
         run(*args, **options)
 
-
-cdiv = triton.cdiv

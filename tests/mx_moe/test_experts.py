@@ -77,8 +77,6 @@ def compare(oracle, experts, case, routing=None, dtype=None, **options) -> torch
     limit = TOLERANCE[case.dtype] if inputs is None else max(TOLERANCE[case.dtype], QUANTIZED_INPUTS)
     if inputs is not None and inputs.has_global_scale and case.dtype != torch.float32:
         limit = NVFP4_INPUTS
-    if experts.choice.name == "rebased":
-        limit = REBASED
     if experts.name == "rebased":
         limit = max(limit, REBASED_INPUTS)
     assert oracle.relative(got, want) <= limit

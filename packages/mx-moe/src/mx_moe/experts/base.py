@@ -100,17 +100,19 @@ def fused_moe(
     if weight_on_input:
         x = weighted_input(x, routing)
         row_weight = None
-    rows = mk.block_size(routing.ids.numel(), weights.num_experts, x.device)
+    w13 = weights.w13()
+    rows = mk.block_size(routing.ids.numel(), weights.num_experts, x.device, w13)
     tiles = ops.moe_align_block_size(routing.ids, rows, weights.num_experts, weights.expert_map)
     requantize = inputs.requantize()
     h = ops.grouped_gemm(
         _prepare(x, inputs, 0, ops),
-        weights.w13(),
+        w13,
         tiles,
         top_k=k,
         epilogue=Epilogue(bias=weights.w13_bias, activation=activation, requantize_to=requantize),
         out_dtype=dtype,
     )
+    del w13  # it may be a decoded copy
     if requantize is None:
         h = _prepare(h, inputs, 1, ops)
     elif not inputs.quantized:

@@ -7,7 +7,6 @@ The rename of ``.out.partial`` to ``out`` is the one step that makes a result vi
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .shards import ShardReader, load_json, read_small
+from .shards import INDEX, ShardReader, load_json, read_small
 from .writer import Shard, sync_folder, write_file
 
 JOURNAL = ".mx-quant-journal"
@@ -77,6 +76,10 @@ class Staging:
             raise
 
     def _acquire(self) -> int:
+        try:
+            import fcntl  # here, so that everything else of this package imports where there is none
+        except ModuleNotFoundError as e:
+            raise OSError("writing checkpoints needs POSIX file locks (fcntl), which this system has not") from e
         while True:
             fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -217,7 +220,11 @@ class Staging:
         """Write the small files, check the staged checkpoint, and rename it into place."""
         expected = {*self.finished, *files, JOURNAL}
         for path in self.path.iterdir():
-            if path.name not in expected and path.name != "model.safetensors.index.json":
+            if path.name in expected or path.name == INDEX:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
         for name, data in files.items():
             write_file(self.path / name, data)

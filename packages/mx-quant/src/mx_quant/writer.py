@@ -167,7 +167,7 @@ class ShardWriter:
             if complete:
                 self._pending.append(self._background.submit(self._complete, info.file))
             elif sync:
-                self._pending.append(self._background.submit(os.fdatasync, fd))
+                self._pending.append(self._background.submit(_sync_data, fd))
             ready = [p for p in self._pending if p.done()]
         for p in ready:
             p.result()
@@ -228,6 +228,11 @@ class ShardWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _sync_data(fd: int) -> None:
+    """Bring written bytes to the disk (macOS has no fdatasync)."""
+    getattr(os, "fdatasync", os.fsync)(fd)
 
 
 def _join(pieces: list[tuple[int, int, int]], info: TensorInfo) -> int:

@@ -59,7 +59,8 @@ def compile_quantize(aot, target, f, *, dtype="bf16", rule=None, rows=False, man
 @pytest.mark.parametrize("f", FORMATS.values(), ids=str)
 def test_quantize(aot, f, target):
     checked(compile_quantize(aot, target, f))
-    checked(compile_quantize(aot, target, f, round_trip=True))
+    if f in (MXFP8, MXFP4, NVFP4):
+        checked(compile_quantize(aot, target, f, round_trip=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -106,7 +107,7 @@ def test_dequantize(aot, f, target):
     constants = {"ELEMENT": f.element.name, "E8M0": f.scale == "e8m0", "FP8": facts(target)[0], "B": f.block}
     n, warps, _ = quantize.TILES["dequantize"][f.element.bits]
     constants["N"] = n * 32 // f.block
-    for many in (0, 1, 2) if f.has_global_scale else (0,):
+    for many in (0, 1, 2) if f.has_global_scale and target == "sm_90" else (0,):
         given = {"global_scale": "*fp32"} if f.has_global_scale else {}
         fixed = constants | {"GLOBALS": many} | ({} if given else {"global_scale": None})
         unaligned = ("blocks", "per_global")

@@ -41,10 +41,17 @@ def compiled(aot, target, x, w, block=16, routing="sorted", activation=SILU, req
     kinds = tuple(name if f is None else f.element.name for name, f in zip((x, w), formats, strict=True))
     blocks = [0 if f is None else f.block for f in formats]
     compute = g.compute_mode(device, *("" if f is None else f.name for f in formats), kinds)
-    options = dict(g.tile_config(compute, device.arch, kinds, block))
+    options = dict(g.tile_config(compute, device.arch, kinds, blocks[1], block))
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     words = [compute != "native" or name.startswith("mxfp6") for name in (x, w)]  # codes are read as words or as bytes
     stored = [POINTERS.get(name, "*i32" if word else "*u8") for name, word in zip((x, w), words, strict=True)]
+    # Rows of K = 2880: 16-byte rows of words (8 of FP6), and scales by fours at best.
+    units = [
+        (2 if "fp6" in name else 4) if word and name in mk.FORMATS else 16
+        for name, word in zip((x, w), words, strict=True)
+    ]
+    wanted = g.scale_units(compute, device.arch, options["REORDER"], blocks[1], options["BK"])
+    scale_unit = next(unit for unit in wanted if unit <= 4)
     signature = {
         "x": stored[0],
         "x_scale": "*u8",
@@ -99,9 +106,13 @@ def compiled(aot, target, x, w, block=16, routing="sorted", activation=SILU, req
         "ELEMENT": requantize.element.name if requantize else "",
         "RULE": str(requantize.default_rule if requantize else ""),
         "WARPS": launch["num_warps"],
+        "X_UNIT": units[0],
+        "W_UNIT": units[1],
+        "XS_UNIT": scale_unit,
+        "WS_UNIT": scale_unit,
         **options,
     }
-    odd = ("x_scale_stride", "w_scale_stride_e", "w_scale_stride_n", "top_k", "num_pairs", "E", "tiles_n")
+    odd = [n for n in signature if "stride" in n] + ["top_k", "num_pairs", "E", "tiles_n"]
     return compute, aot.compile_kernel(g._gemm_kernel, signature, constexprs, target, unaligned=odd, **launch)
 
 
@@ -154,6 +165,7 @@ def test_native_where_the_table_says(aot, target, x, w, block):
         ("sm_90", "bf16", "bf16", 128),
         ("sm_90", "mxfp8_e4m3", "mxfp8_e4m3", 16),
         ("sm_100", "bf16", "mxfp4", 16),
+        ("sm_100", "fp16", "mxfp8_e4m3", 64),
         ("sm_120", "bf16", "mxfp8_e4m3", 16),
         ("gfx942", "bf16", "mxfp4", 16),
         ("gfx942", "bf16", "nvfp4", 64),

@@ -181,7 +181,7 @@ def _rows_of_block(
         return e, tl.sum(tl.where(mine, i[None, :], 0), 1), live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_scale_stride", "w_scale_stride_e", "w_scale_stride_n"])  # their UNITs say it all
 def _gemm_kernel(
     x,  # [M, ..]: values, words of codes, or bytes of them where COMPUTE is "native" (but words for FP6)
     x_scale,
@@ -237,6 +237,10 @@ def _gemm_kernel(
     BK: tl.constexpr,
     REORDER: tl.constexpr,
     WARPS: tl.constexpr,
+    X_UNIT: tl.constexpr,  # of x_stride, a power of two: what the compiler knows of the alignment of rows
+    XS_UNIT: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    WS_UNIT: tl.constexpr,
 ):
     pid = tl.program_id(0)
     e, pair, live = _rows_of_block(
@@ -254,15 +258,15 @@ def _gemm_kernel(
         loaded = _weight_row(unit_row(r, WARPS), pid_n, I, GATED, INTERLEAVED, BN)
     loaded = loaded.to(tl.int64)
     row = (pair // top_k).to(tl.int64)
-    xp = x + (row * x_stride)[:, None]
-    wp = w + (e * w_stride_e + loaded * w_stride_n)[:, None]
+    xp = x + (row * x_stride * X_UNIT)[:, None]
+    wp = w + ((e * w_stride_e + loaded * w_stride_n) * W_UNIT)[:, None]
     NATIVE: tl.constexpr = COMPUTE == "native"
     xsp = xp
     wsp = wp
     if XB > 0:
-        xsp = x_scale + (row * x_scale_stride)[:, None]
+        xsp = x_scale + (row * x_scale_stride * XS_UNIT)[:, None]
     if WB > 0:
-        wsp = w_scale + (e * w_scale_stride_e + loaded * w_scale_stride_n)[:, None]
+        wsp = w_scale + ((e * w_scale_stride_e + loaded * w_scale_stride_n) * WS_UNIT)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     # A word with a NaN code makes its whole row NaN, which is what its product is: cheaper than a test of each value.
     X_NAN: tl.constexpr = XKIND == "e4m3" and not NATIVE
@@ -353,6 +357,33 @@ def _units(t: Tensor, kind: str, native: bool) -> Tensor:
     return t.view(torch.int32)
 
 
+_UNITS = (16, 8, 4, 2, 1)
+
+
+def _strides(t: Tensor | None, dims: int, units: tuple[int, ...] = _UNITS) -> tuple[tuple[int, ...], int]:
+    """The strides of the leading dimensions over the first of ``units`` that divides them, and that unit.
+
+    Triton itself only notices multiples of 16, and reads word by word, or scale by scale, otherwise: MXFP4 rows of K = 2880
+    are 360 words.
+    """
+    if t is None:
+        return (0,) * dims, 1
+    strides = t.stride()[:dims]
+    unit = next(u for u in units if not any(stride % u for stride in strides))
+    return tuple(stride // unit for stride in strides), unit
+
+
+def scale_units(compute: str, arch: Architecture, reorder: bool, w_block: int, bk: int) -> tuple[int, ...]:
+    """Strides of scales may be multiples of these: how many scales a thread loads at once decides the whole tile's layout.
+
+    REORDER wants four threads along K, one block each: bytes, or words of the four blocks that make up BK. On sm_100 Triton
+    3.6 cannot compile a decoded tile whose scales are loaded several at a time (TritonGPUOptimizeDotOperands fails).
+    """
+    if reorder:
+        return (4, 1) if w_block == 32 and bk == 128 else (1,)
+    return (1,) if compute != "native" and arch.name in ("sm100", "sm103") else _UNITS
+
+
 _KERNEL_RULES = ("floor", "ceil", "even", "rceil")  # the others try several scales: quantized by a second launch
 
 
@@ -373,7 +404,7 @@ def compute_mode(device: Device, x: str, w: str, kinds: tuple[str, str]) -> str:
     return "fp16" if kinds == ("fp16", "fp16") else "bf16"
 
 
-def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], block: int) -> dict[str, int]:
+def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], w_block: int, block: int) -> dict[str, int]:
     """Tile and launch options, from host integers alone: BM, BN, BK, REORDER, num_warps, num_stages.
 
     BK is what keeps every tile free of spills and under 99 KB of shared memory (the compile tests check both). REORDER is for
@@ -387,12 +418,16 @@ def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], block:
     split = compute == "bf16" and "fp16" in kinds
     if split:
         bm = min(bm, 64)
-    bk = 128
+    bk = 128 if w_block != 16 or compute == "native" else 64  # four blocks of w, one for each of REORDER's four threads
     if compute == "native":
         if bm >= 64 and {"e2m3", "e3m2"} & {*kinds}:
             bk = 64
     elif bm >= 64 or arch.vendor == "amd" or split or kinds[1] in _PLAIN.values():
-        bk = 32 if split and bm >= 64 else 64
+        blackwell = arch.name in (
+            "sm100",
+            "sm103",
+        )  # sums in tensor memory leave registers; Triton 3.6 fails at 32 there
+        bk = 32 if split and bm >= 64 and not blackwell else 64
     return {
         "BM": bm,
         "BN": 128,
@@ -405,11 +440,12 @@ def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], block:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    device: torch.device, x_format: str, w_format: str, x_kind: str, w_kind: str, block: int
-) -> tuple[str, dict[str, int]]:
+    device: torch.device, x_format: str, w_format: str, x_kind: str, w_kind: str, w_block: int, block: int
+) -> tuple[str, dict[str, int], tuple[int, ...]]:
     facts = Device.probe(device)
     compute = compute_mode(facts, x_format, w_format, (x_kind, w_kind))
-    return compute, tile_config(compute, facts.arch, (x_kind, w_kind), block)
+    options = tile_config(compute, facts.arch, (x_kind, w_kind), w_block, block)
+    return compute, options, scale_units(compute, facts.arch, bool(options["REORDER"]), w_block, options["BK"])
 
 
 def _launch(
@@ -452,7 +488,7 @@ def _launch(
         out = x.new_empty((num_pairs, width), dtype=torch.float32 if f is not None else out_dtype)
         out_scale = x.new_empty((0,), dtype=torch.uint8)
     if num_pairs and width:
-        compute, options = _plan(x.device, x_format, w_format, x_kind, w_kind, block)
+        compute, options, units = _plan(x.device, x_format, w_format, x_kind, w_kind, wb, block)
         bm, bn = options["BM"], options["BN"]
         if how == "none":
             programs = triton.cdiv(num_pairs, bm)
@@ -466,6 +502,10 @@ def _launch(
             tiles_n = triton.cdiv(width, bn // 2 if gated else bn)
             native = compute == "native"
             x, w = _units(x, x_kind, native), _units(w, w_kind, native)
+            (x_stride,), x_unit = _strides(x, 1)
+            (xs_stride,), xs_unit = _strides(x_scale, 1, units)
+            (we_stride, wn_stride), w_unit = _strides(w, 2)
+            (wse_stride, wsn_stride), ws_unit = _strides(w_scale, 2, units)
             launch(
                 _gemm_kernel,
                 (tiles_n * programs,),
@@ -473,15 +513,15 @@ def _launch(
                 x,
                 x_scale,
                 x_global,
-                x.stride(0),
-                x_scale.stride(0) if x_scale is not None else 0,
+                x_stride,
+                xs_stride,
                 w,
                 w_scale,
                 w_global,
-                w.stride(0),
-                w.stride(1),
-                w_scale.stride(0) if w_scale is not None else 0,
-                w_scale.stride(1) if w_scale is not None else 0,
+                we_stride,
+                wn_stride,
+                wse_stride,
+                wsn_stride,
                 out,
                 out_scale,
                 sorted_ids,
@@ -520,6 +560,10 @@ def _launch(
                 WHOLE=k >= options["BK"],
                 RAGGED=k % options["BK"] > 0,
                 WARPS=options["num_warps"],
+                X_UNIT=x_unit,
+                XS_UNIT=xs_unit,
+                W_UNIT=w_unit,
+                WS_UNIT=ws_unit,
                 **options,
             )
     if f is not None and not fused:

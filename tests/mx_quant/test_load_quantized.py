@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from toy_models import Runs, runs
 
-import mx_kernels as mk
 import mx_quant as mq
 
 transformers = pytest.importorskip("transformers")
@@ -51,29 +50,6 @@ def checkpoint(folder, family):
 def empty(family):
     with mq.meta_parameters():
         return transformers.AutoModelForCausalLM.from_config(config(family), dtype=torch.bfloat16).eval()
-
-
-class Runs(nn.Module):
-    """Runs dequantized experts one after another with the source's own gate: an independent forward."""
-
-    def __init__(self, module, weights):
-        super().__init__()
-        self.gate, self.woven, self.weights = module._apply_gate, not module.is_concatenated, weights
-
-    def forward(self, x, ids, scores):
-        w, out = self.weights, torch.zeros_like(x)
-        w13, w2 = mk.dequantize(w.w13), mk.dequantize(w.w2)
-        for e in range(w.num_experts):
-            t, slot = (ids == e).nonzero(as_tuple=True)
-            h = nn.functional.linear(x[t], w13[e], None if w.w13_bias is None else w.w13_bias[e])
-            h = self.gate(mq.interleave(h, 1) if self.woven else h)
-            h = nn.functional.linear(h, w2[e], None if w.w2_bias is None else w.w2_bias[e])
-            out.index_add_(0, t, (h * scores[t, slot, None]).to(x.dtype))
-        return out
-
-
-def runs(name, module, weights):
-    return Runs(module, weights)
 
 
 def tensors(model):

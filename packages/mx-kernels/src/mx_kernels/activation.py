@@ -60,21 +60,9 @@ activate_op = torch.library.custom_op(
 
 
 @activate_op.register_kernel(("cuda", "xpu"))
-def _(
-    h: Tensor,
-    act: str,
-    act_layout: str,
-    gated: bool,
-    alpha: float,
-    beta: float,
-    limit: float,
-    requantize: str,
-    rule: str,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _(h: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     if not has_triton():
-        return _activate(h, act, act_layout, gated, alpha, beta, limit, requantize, rule, out_dtype)
-    args = (act, act_layout, gated, alpha, beta, limit, requantize, rule, out_dtype)
+        return _activate(h, *args)  # type: ignore[arg-type]
     result: tuple[Tensor, Tensor] = kernels("activation").activate(h, *args)
     return result
 

@@ -71,9 +71,6 @@ class Activation:
         return n // 2
 
 
-SILU = Activation("silu")
-
-
 @dataclass(frozen=True, eq=False)
 class Epilogue:
     """Applied to the float32 accumulator in this order: bias, activation, row weight, then a cast or a requantization.

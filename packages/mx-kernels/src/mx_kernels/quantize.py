@@ -36,12 +36,7 @@ def quantize(
     Magnitudes above the largest one saturate. A NaN makes its whole block NaN; an infinity becomes its block's largest value.
     Raises TypeError for dtypes; ValueError for shapes, strides, rules and (on the CPU) values of ``global_scale``.
     """
-    f = get_format(format)
-    rule = f.check_rule(rule)
-    _check_input(x, f)
-    if f.has_global_scale and global_scale is None:
-        global_scale = compute_global_scale(x)
-    _check_global_scale(global_scale, f, x.ndim, x.shape, x.device)
+    f, rule, global_scale = _checked(x, format, rule, global_scale)
     run = _kernels().quantize if direct(x, global_scale) else _quantize
     data, scale = run(x, f.name, rule.value, global_scale)
     return QuantizedTensor(data.view(f.data_dtype), scale.view(f.scale_dtype), f, rule, x.dtype, global_scale)
@@ -70,12 +65,7 @@ def quantize_dequantize(
     global_scale: Tensor | None = None,  # [] or a prefix of the leading dimensions
 ) -> Tensor:
     """``dequantize(quantize(x, ...))`` in one pass: x [..., K] -> the same shape and dtype. Arguments and errors of ``quantize``."""
-    f = get_format(format)
-    rule = f.check_rule(rule)
-    _check_input(x, f)
-    if f.has_global_scale and global_scale is None:
-        global_scale = compute_global_scale(x)
-    _check_global_scale(global_scale, f, x.ndim, x.shape, x.device)
+    f, rule, global_scale = _checked(x, format, rule, global_scale)
     run = _kernels().quantize_dequantize if direct(x, global_scale) else _quantize_dequantize
     out: Tensor = run(x, f.name, rule.value, global_scale)
     return out
@@ -93,6 +83,19 @@ def compute_global_scale(x: Tensor) -> Tensor:
 
 def _kernels() -> Any:
     return importlib.import_module("mx_kernels.kernels.quantize")
+
+
+def _checked(
+    x: Tensor, format: Format | str, rule: ScaleRule | str | None, global_scale: Tensor | None
+) -> tuple[Format, ScaleRule, Tensor | None]:
+    """What both functions do with their arguments first: check them, and compute a global scale where one is needed."""
+    f = get_format(format)
+    rule = f.check_rule(rule)
+    _check_input(x, f)
+    if f.has_global_scale and global_scale is None:
+        global_scale = compute_global_scale(x)
+    _check_global_scale(global_scale, f, x.ndim, x.shape, x.device)
+    return f, rule, global_scale
 
 
 def _check_input(x: Tensor, f: Format) -> None:

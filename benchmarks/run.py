@@ -148,49 +148,69 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def group(cell: dict[str, Any]) -> tuple[str, bool]:
+    """What is compared with what: the weights' format, and whether activations are quantized."""
+    return cell["format"], "a8" in cell["name"]
+
+
+def speed_up(cell: dict[str, Any], cells: list[dict[str, Any]]) -> float | None:
+    """Time of the best peer of the same group, shape, tokens and skew, over this cell's; None where there is none."""
+    same = [
+        c["us"] for c in cells
+        if "us" in c and not c.get("ours") and group(c) == group(cell)
+        and all(c.get(key, 0.0) == cell.get(key, 0.0) for key in ("shape", "tokens", "skew"))
+    ]  # fmt: skip
+    return min(same) / cell["us"] if same and cell.get("ours") and "us" in cell else None
+
+
 def plots(cells: list[dict[str, Any]], out: Path) -> None:
-    """PNG per shape: time against T, share of the roofline, speed-up of ours over the best peer."""
+    """PNG per shape: time against T, share of the roofline, speed-up of ours over the best peer of the same group."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    panels: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "time, us": lambda c: c["us"],
+        "share of the roofline": lambda c: c["share"],
+        "speed-up over the best peer": lambda c: speed_up(c, cells),
+    }
     for shape in dict.fromkeys(c["shape"] for c in cells):
         here = [c for c in cells if c["shape"] == shape and "us" in c]
-        best = {
-            t: min((c["us"] for c in here if c["tokens"] == t and not c.get("ours")), default=None)
-            for t in {c["tokens"] for c in here}
-        }
-        panels = {
-            "time, us": lambda c: c["us"],
-            "share of the roofline": lambda c: c["share"],
-            "speed-up over the best peer": lambda c, best=best: (
-                best[c["tokens"]] / c["us"] if c.get("ours") and best[c["tokens"]] else None
-            ),
-        }
-        figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+        names = list(dict.fromkeys(c["name"] for c in here))
+        colors = {name: plt.colormaps["tab20"](i % 20) for i, name in enumerate(names)}
+        figure, axes = plt.subplots(1, 3, figsize=(16, 5))
         for axis, (title, value) in zip(axes, panels.items(), strict=True):
-            for name in dict.fromkeys(c["name"] for c in here):
+            for name in names:
                 points = [(c["tokens"], value(c)) for c in here if c["name"] == name]
                 points = [p for p in points if p[1] is not None]
+                style = {"linewidth": 2.2} if name.startswith("mx_") else {"linewidth": 1, "linestyle": "--"}
                 if points:
                     axis.plot(
-                        *zip(*points, strict=True),
-                        marker="o",
-                        markersize=3,
-                        label=name,
-                        linewidth=2 if name.startswith("mx_") else 1,
+                        *zip(*points, strict=True), marker="o", markersize=3, label=name, color=colors[name], **style
                     )
             axis.set(
-                title=f"{shape}: {title}",
-                xlabel="tokens",
-                xscale="log",
-                yscale="log" if title.startswith("time") else "linear",
+                title=f"{shape}: {title}", xlabel="tokens", xscale="log", yscale="log" if "time" in title else "linear"
             )
+            axis.grid(alpha=0.3)
         axes[0].legend(fontsize=6)
+        axes[2].axhline(1.0, color="black", linewidth=0.8)
+        if axes[2].lines[:-1]:
+            axes[2].legend(fontsize=6)
         figure.tight_layout()
-        figure.savefig(out / f"{shape}.png", dpi=110)
+        figure.savefig(out / f"{shape}.png", dpi=90)
         plt.close(figure)
+
+
+def write(where: dict[str, str], cells: list[dict[str, Any]], out: Path) -> None:
+    """moe.json, moe.md and the plots."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "moe.json").write_text(json.dumps({"where": where, "cells": cells}, indent=0) + "\n")
+    versions = f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, {where['date']}"
+    text = f"{versions}. A cell: microseconds · percent of the roofline.\n\n" + table(cells)
+    (out / "moe.md").write_text(text)
+    plots(cells, out)
+    print(text)
 
 
 def main() -> int:
@@ -203,7 +223,14 @@ def main() -> int:
     parser.add_argument("--skew", type=float, default=0.0)
     parser.add_argument("--peers", default=",".join(PEERS), help="names, or nothing for none")
     parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="draw the tables and plots of a moe.json again; needs no GPU"
+    )
     args = parser.parse_args()
+    if args.source:
+        saved = json.loads(args.source.read_text())
+        write(saved["where"], saved["cells"], args.out)
+        return 0
     if not torch.cuda.is_available():
         print("benchmarks/run.py measures a GPU, and there is none here", file=sys.stderr)
         return 2
@@ -250,13 +277,7 @@ def main() -> int:
                         record(peer.name, {"shape": shape.name, "format": fmt, "tokens": tokens, "failed": str(error)})
                 del layers
             torch.cuda.empty_cache()
-    where = describe()
-    versions = f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, {where['date']}"
-    text = f"{versions}. A cell: microseconds · percent of the roofline.\n\n"
-    text += table(cells)
-    (args.out / "moe.md").write_text(text)
-    plots(cells, args.out)
-    print(text)
+    write(describe(), cells, args.out)
     return 1 if any("failed" in c and "error" in c for c in cells) else 0
 
 

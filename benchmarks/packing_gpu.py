@@ -81,6 +81,7 @@ def measure(f: mk.Format, shape: tuple[int, ...], gated: bool, copy: float) -> l
         require(same(packed.data[part], want.data) and same(packed.scale[part], want.scale), f"pack {case}")
     moved = q.nbytes + packed.nbytes
     runs: list[tuple[str, Callable[[], object], int]] = [("pack", lambda: mk.pack(q, gated=gated), moved)]
+    runs.append(("unpack", packed.unpack, moved))
     if f in REBASED_FORMATS:
         runs.append(("rebase", lambda: mk.rebase(q, gated=gated), q.nbytes + mk.rebase(q, gated=gated).nbytes))
     rows: list[dict[str, str | float]] = []

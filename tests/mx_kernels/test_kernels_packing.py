@@ -47,16 +47,11 @@ def by_kernels():
     return mock.patch.object(packing, "direct", return_value=True)
 
 
-def both(q, gated, layout):
-    """(by the kernels, by PyTorch), whatever the device."""
-    with by_kernels():
-        kernel = mk.pack(q, gated=gated, layout=layout)
-    with mock.patch.object(packing, "direct", return_value=False):
-        return kernel, mk.pack(q, gated=gated, layout=layout)
-
-
 def assert_packed_alike(q, gated, layout):
-    got, want = both(q, gated, layout)
+    with by_kernels():
+        got = mk.pack(q, gated=gated, layout=layout)
+    with mock.patch.object(packing, "direct", return_value=False):
+        want = mk.pack(q, gated=gated, layout=layout)
     for name in ("data", "scale", "alpha", "shift"):
         a, b = getattr(got, name), getattr(want, name)
         assert (a is None) == (b is None), name
@@ -64,6 +59,11 @@ def assert_packed_alike(q, gated, layout):
             assert a.device == b.device
             assert a.dtype == b.dtype
             assert torch.equal(a, b), (name, q.format, q.shape, gated, layout)
+        by_torch = want.unpack()
+    with by_kernels():
+        by_kernel = got.unpack()
+    assert torch.equal(by_kernel.data.view(torch.uint8), by_torch.data.view(torch.uint8))
+    assert torch.equal(by_kernel.scale.view(torch.uint8), q.scale.view(torch.uint8))
 
 
 def check_shapes(shapes, device):
@@ -214,6 +214,18 @@ def compile_codes(aot, target, f, *, gated=False, unit=4):
     )
 
 
+def compile_unpack(aot, target, f):
+    from mx_kernels.kernels import packing as kernels
+
+    s, t, warps = kernels.CODES[f.element.name]
+    sizes = ("n", "units", "tiles", "strips")
+    signature = {"data": "*i32", "codes": "*i32"} | dict.fromkeys(sizes, "i32")
+    constants = {"ELEMENT": f.element.name, "UNIT": 4, "ORDER": 1, "S": s, "T": t}
+    return aot.compile_kernel(
+        kernels._unpack_codes_kernel, signature, constants, target, unaligned=sizes, num_warps=warps
+    )
+
+
 def compile_scales(aot, target, f, *, shift=False, gated=False):
     from mx_kernels.kernels import packing as kernels
 
@@ -239,6 +251,7 @@ def test_pack_compiles(aot, f, target):
         done.append(compile_scales(aot, target, f, shift=True))
     else:
         done.append(compile_codes(aot, target, f, unit=2))
+    done.append(compile_unpack(aot, target, f))
     for compiled in done:
         assert compiled.spills == 0
     if target == "sm_90":

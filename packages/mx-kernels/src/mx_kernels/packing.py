@@ -111,10 +111,12 @@ class PackedWeight:
         assert self.format is not None
         assert self.rule is not None
         assert self.scale is not None
-        codes = _canonical_rows(
-            (_unpack_e2m1 if self.element == "e2m1" else _unpack_bytes)(self.data), n, self.gated, self.layout
-        )
-        codes = _narrow(codes[..., : k // (2 if self.element == "e2m1" else 1)], self.format)
+        if direct(self.data):
+            codes = kernels("packing").unpack_codes(self.data, self.format, n, k, self.gated, self.layout)
+        else:
+            stored = (_unpack_e2m1 if self.element == "e2m1" else _unpack_bytes)(self.data)
+            codes = _canonical_rows(stored, n, self.gated, self.layout)
+            codes = _narrow(codes[..., : k // (2 if self.element == "e2m1" else 1)], self.format)
         rows = -(-n // STRIP) * STRIP if not self.gated else self.data.shape[2] * STRIP
         scale = self.scale.transpose(1, 2)[:, :rows].flatten(2)
         over = self.scale.shape[1] * SCALE_K - k

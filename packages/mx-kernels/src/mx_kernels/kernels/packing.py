@@ -250,6 +250,117 @@ def _pack_scales_kernel(
     tl.store(out, byte, mask=(tile < tiles)[:, None] & (at < rows * B)[None, :])
 
 
+@triton.jit
+def _gather_c(x):
+    """The inverse of ``_by_c``: bytes [.., 2, 2] -> words [..]."""
+    even, odd = tl.split(x)
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    return c0 | (c1 << 8) | (c2 << 16) | (c3 << 24)
+
+
+@triton.jit
+def _part_e2m1(word, S: tl.constexpr, T: tl.constexpr):
+    """The inverse of ``_merge_e2m1``: words [S, 8, T, 4, 4] -> canonical words of rows g and g + 8, [R, 8 T] each."""
+    w = word.to(tl.uint32, bitcast=True).reshape(8 * S, 4 * T, 2, 2)
+    six, eight, twelve, fourteen, twenty = (
+        _rotate(w, 26),
+        _rotate(w, 24),
+        _rotate(w, 20),
+        _rotate(w, 18),
+        _rotate(w, 12),
+    )
+    q = (six & 0x00070007) | (twelve & 0x00080008) | (eight & 0x00700070) | (fourteen & 0x00800080)
+    r = (fourteen & 0x00780078) | (twenty & 0x00800080) | (eight & 0x00060006) | (w & 0x00010001)
+    a0 = _gather_c((q & 0xF) | ((q >> 12) & 0xF0))
+    b0 = _gather_c(((q >> 4) & 0xF) | ((q >> 16) & 0xF0))
+    b1 = _gather_c((r & 0xF) | ((r >> 12) & 0xF0))
+    a1 = _gather_c(((r >> 4) & 0xF) | ((r >> 16) & 0xF0))
+    a = tl.join(a0, a1).reshape(8 * S, 8 * T).to(tl.int32, bitcast=True)
+    return a, tl.join(b0, b1).reshape(8 * S, 8 * T).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _narrow_pairs(p, M: tl.constexpr):
+    """The inverse of ``_wide`` on pairs: two E4M3 codes in bytes 0 and 2 -> two FP6 codes in 12 bits."""
+    low = ((p & 0x7F) << 20).to(tl.float32, bitcast=True) * (1 / 64.0 if M == 3 else 1 / 16.0)
+    high = ((p & 0x7F0000) << 4).to(tl.float32, bitcast=True) * (1 / 64.0 if M == 3 else 1 / 16.0)
+    low = (low.to(tl.int32, bitcast=True) >> (23 - M)) | ((p >> 2) & 32)
+    return low | (((high.to(tl.int32, bitcast=True) >> (23 - M)) | ((p >> 18) & 32)) << 6)
+
+
+@triton.jit
+def _store_fp6(line, live, col, limit, p, S: tl.constexpr, T: tl.constexpr, M: tl.constexpr):
+    """16 codes from pairs [S, 8, T, 2, 2, 4] to three words."""
+    even, odd = tl.split(_narrow_pairs(p, M).reshape(8 * S, 2 * T, 2, 2, 2))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    q0, q4 = tl.split(c0)
+    q1, q5 = tl.split(c1)
+    q2, q6 = tl.split(c2)
+    q3, q7 = tl.split(c3)
+    at = line[:, None] + col[None, :]
+    mask = live[:, None] & (col < limit)[None, :]
+    tl.store(at, q0 | (q1 << 12) | (q2 << 24), mask=mask)
+    tl.store(at + 1, (q2 >> 8) | (q3 << 4) | (q4 << 16) | (q5 << 28), mask=mask)
+    tl.store(at + 2, (q5 >> 4) | (q6 << 8) | (q7 << 20), mask=mask)
+
+
+@triton.jit
+def _unpack_codes_kernel(
+    data,  # int32 words [E, tiles, strips, 128]
+    codes,  # int32 words [E, N, units * UNIT]
+    n,
+    units,
+    tiles,
+    strips,
+    ELEMENT: tl.constexpr,
+    UNIT: tl.constexpr,
+    ORDER: tl.constexpr,
+    S: tl.constexpr,
+    T: tl.constexpr,
+):
+    expert = tl.program_id(2).to(tl.int64)
+    p = tl.program_id(1) * (8 * S) + tl.arange(0, 8 * S)
+    t0 = tl.program_id(0) * T
+    row_a, live_a = _row(p, 0, n, ORDER)
+    row_b, live_b = _row(p, 1, n, ORDER)
+    width = units * UNIT
+    line_a = codes + (expert * n + row_a) * width
+    line_b = codes + (expert * n + row_b) * width
+    tile = t0 + tl.arange(0, T)
+    at = tl.program_id(1) * (128 * S) + tl.arange(0, 128 * S)
+    at = (expert * tiles + tile)[:, None] * (strips * 128) + at[None, :]
+    inside = (tile < tiles)[:, None] & (tl.program_id(1) * (128 * S) + tl.arange(0, 128 * S) < strips * 128)[None, :]
+    word = tl.load(data + at, mask=inside, other=0)
+    if ELEMENT == "e2m1":
+        a, b = _part_e2m1(word.reshape(T, S, 8, 4, 4).permute(1, 2, 0, 4, 3), S, T)
+    else:
+        word = word.reshape(T, S, 8, 4, 2, 2).permute(1, 2, 0, 4, 5, 3)
+        a = (word >> 8) & 0xFF00FF
+        b = word & 0xFF00FF
+    if ELEMENT == "e2m3" or ELEMENT == "e3m2":
+        M: tl.constexpr = 3 if ELEMENT == "e2m3" else 2
+        col = (t0 * 2 + tl.arange(0, 2 * T)) * 3
+        _store_fp6(line_a, live_a, col, width, a, S, T, M)
+        _store_fp6(line_b, live_b, col, width, b, S, T, M)
+    else:
+        if ELEMENT != "e2m1":
+            a = _join_pairs(a, S, T)
+            b = _join_pairs(b, S, T)
+        col = t0 * 8 + tl.arange(0, 8 * T)
+        tl.store(line_a[:, None] + col[None, :], a, mask=live_a[:, None] & (col < width)[None, :])
+        tl.store(line_b[:, None] + col[None, :], b, mask=live_b[:, None] & (col < width)[None, :])
+
+
+@triton.jit
+def _join_pairs(p, S: tl.constexpr, T: tl.constexpr):
+    """The inverse of ``_pairs``: [S, 8, T, 2, 2, 4] -> words [R, 8 T]."""
+    p = (p & 0xFF) | (p >> 8)
+    low, high = tl.split(p.reshape(8 * S, 8 * T, 2))
+    return low | (high << 16)
+
+
 # --- launchers ---
 
 
@@ -341,3 +452,30 @@ def pack_scales(
         num_warps=warps,
     )
     return out
+
+
+def unpack_codes(data: Tensor, f: Format, n: int, k: int, gated: bool, layout: str) -> Tensor:
+    """Data [E, tiles, strips, 512] of ``pack_codes`` -> codes, uint8 [E, N, data_width(K)]."""
+    experts, tiles, strips, _ = data.shape
+    s, t, warps = CODES[f.element.name]
+    codes = torch.empty((experts, n, f.data_width(k)), dtype=torch.uint8, device=data.device)
+    words = codes.view(torch.int32)
+    unit = next(u for u in (4, 2, 1) if words.shape[-1] % u == 0)
+    launch(
+        _unpack_codes_kernel,
+        (triton.cdiv(tiles, t), triton.cdiv(strips, s), experts),
+        data.device,
+        _words(data),
+        words,
+        n,
+        words.shape[-1] // unit,
+        tiles,
+        strips,
+        ELEMENT=f.element.name,
+        UNIT=unit,
+        ORDER=ORDER[gated, layout],
+        S=s,
+        T=t,
+        num_warps=warps,
+    )
+    return codes

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..formats import Format
-from .bits import decode, e8m0_value, encode
+from .bits import e8m0_value, encode, round_to
 from .launch import launch, target
 from .quantize import _load_values
 
@@ -122,13 +122,10 @@ def _rebase_kernel(
         v = _load_values(codes, start, live, ELEMENT, FP8, B, 32)
         want = v * (tl.maximum(byte - top + (LIFT + 127), 1) << 23).to(tl.float32, bitcast=True)[:, None]
         if FP8:
-            code = want.to(tl.float8e4nv)
-            now = code.to(tl.float32)
-            code = code.to(tl.uint8, bitcast=True)
+            code = want.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         else:
-            code = encode(want, "e4m3")
-            now = decode(code, "e4m3")
-            code = code.to(tl.uint8)
+            code = encode(want, "e4m3").to(tl.uint8)
+        now = round_to(want, "e4m3")
         at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
         tl.store(out + (place * blocks + first) * 32 + at, code, mask=live[:, None])
         wrong = now - want

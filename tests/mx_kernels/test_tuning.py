@@ -70,6 +70,26 @@ def test_split_where_it_was_measured(element, pairs, experts, n, k, split):
     assert best_split(Problem(element, 32, pairs, experts, n, k), 128, 128, 132) == split
 
 
+@pytest.mark.parametrize(
+    ("pairs", "experts", "n", "k", "stages"),
+    [  # the faster of 3 and 4 on an H200
+        (16, 128, 5760, 2880, 4),
+        (16, 128, 2880, 2880, 3),
+        (64, 128, 5760, 2880, 4),
+        (64, 128, 2880, 2880, 4),
+        (32, 128, 1536, 2048, 3),
+        (32, 128, 2048, 768, 3),
+        (128, 128, 1536, 2048, 3),
+        (128, 128, 2048, 768, 3),
+        (2, 8, 28672, 4096, 3),
+        (8, 8, 28672, 4096, 4),
+        (32, 8, 4096, 14336, 3),
+    ],
+)
+def test_stages_where_they_were_measured(pairs, experts, n, k, stages):
+    assert choose_config(Problem("e4m3", 32, pairs, experts, n, k), 16, 132).stages == stages
+
+
 def test_two_programs_fit_a_multiprocessor():
     """228 KiB, and each program takes one KiB more than it asks for."""
     for element, block in (("e2m1", 32), ("e2m1", 16), ("e4m3", 32), ("", 32)):

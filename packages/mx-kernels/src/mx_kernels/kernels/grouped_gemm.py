@@ -274,9 +274,8 @@ def _facts(device: torch.device) -> tuple[int, int, bool]:
     if device.type != "cuda":
         return UNITS, SHARED, False
     p = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    shared = p.shared_memory_per_block_optin if nvidia else p.shared_memory_per_block
-    return p.multi_processor_count, shared, nvidia and p.major >= 9
+    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return p.multi_processor_count, shared, torch.version.hip is None and p.major >= 9
 
 
 def grouped_gemm_packed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -304,6 +305,19 @@ def test_cli_env(capsys, arch: str | None) -> None:
 def test_cli_env_unknown_architecture(capsys) -> None:
     assert run("env", "--arch", "sm1") == 1
     assert "unknown architecture 'sm1'; there are cpu, sm75" in capsys.readouterr().err
+
+
+def test_cli_errors_are_json_too(tmp_path, capsys) -> None:
+    for command in (("env", "--arch", "sm1"), ("eval", str(tmp_path), "--text", "none", "--format", "mxfp8")):
+        assert run(*command, "--json") == 1
+        out, err = capsys.readouterr()
+        assert json.loads(out)["error"] in err
+
+
+def test_cli_version(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("mx-moe")
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ def parser() -> argparse.ArgumentParser:
         prog="mx-moe",
         description="Mixture-of-Experts layers on microscaling weights: which backend runs, and how well.",
     )
+    version = importlib.metadata.version("mx-moe")
+    p.add_argument("--version", action="version", version=version, help="print the version and stop")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     env = commands.add_parser(
@@ -48,7 +51,6 @@ def parser() -> argparse.ArgumentParser:
 
 def environment(arch: str | None) -> dict[str, Any]:
     """Versions, devices, and for each format the backend with the reasons against those preferred to it."""
-    import importlib.metadata
     import platform
 
     import torch
@@ -136,7 +138,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, 1 for what went wrong (said on stderr), 2 for wrong arguments."""
+    """Run the command line; the exit status is 0, 1 for what went wrong (said on stderr, with --json as JSON too), 2 for wrong arguments."""
     args = parser().parse_args(argv)
     import warnings
 
@@ -148,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if args.json:
+            print(json.dumps({"error": str(error)}))
         print(f"mx-moe: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -138,7 +138,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, 1 for what went wrong (said on stderr, with --json as JSON too), 2 for wrong arguments."""
+    """Run the command line; the exit status is 0, 1 for what went wrong (on stderr; with --json as JSON too), 2 for wrong arguments."""
     args = parser().parse_args(argv)
     import warnings
 

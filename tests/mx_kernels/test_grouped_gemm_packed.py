@@ -194,6 +194,18 @@ def check(f, shape, tokens, top_k, act, config=None, *, device, block=16, dtype=
     return y
 
 
+def check_linear(f, shape, rows, *, device):
+    """One weight for all rows."""
+    w = mk.quantize(torch.randn(shape) * 0.1, f).to(device)
+    x = torch.randn(rows, shape[1]).bfloat16().to(device)
+    epilogue = mk.Epilogue(torch.randn(shape[0]).to(device), mk.Activation("gelu", gated=False))
+    y = launch(x, mk.pack(w), None, 1, epilogue, torch.float32)
+    want = reference.activated(
+        x.double() @ mk.dequantize(w, torch.float32).double().T + epilogue.bias, epilogue.activation
+    )
+    assert (y - want).norm() / want.norm() < 1e-5
+
+
 INTERPRETED = """
 import torch, test_grouped_gemm_packed as t, mx_kernels as mk
 from mx_kernels.tuning import Config
@@ -207,6 +219,8 @@ t.check(mk.MXFP4, (3, 160, 640), 6, 2, t.OTHERS[1], Config(16, 64, 128, 4, 3, sp
 t.check(mk.MXFP4, (3, 160, 256), 40, 2, t.OAI, Config(64, 64, 128, 4, 3, levels=3, group=4), device="cpu", block=64)
 t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float16)
 t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float32)
+for rows in (1, 33, 70):
+    t.check_linear(mk.MXFP4, (80, 192), rows, device="cpu")
 print("right")
 """
 
@@ -295,6 +309,13 @@ def test_plain_weights_on_the_gpu(dtype):
         got = mk.grouped_gemm(x, mk.pack(w, gated=True), tiles, top_k=2, epilogue=epilogue, out_dtype=torch.float32)
         want = exact(x, w, ids, 2, epilogue)
         assert (got - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 33, 300, 3000])
+def test_linear_on_the_gpu(rows):
+    check_linear(mk.MXFP8, (2880, 2880), rows, device="cuda")
+    check_linear(mk.NVFP4, (96, 160), rows, device="cuda")
 
 
 @pytest.mark.gpu

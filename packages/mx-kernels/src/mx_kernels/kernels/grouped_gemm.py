@@ -229,7 +229,7 @@ INTERPRET = not isinstance(
 _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _PLANS = 4096  # launches that are remembered
 _plans: dict[tuple, "_Plan"] = {}
-_counters: dict[tuple[int, int], Tensor] = {}
+_counters: dict[tuple[int, int], list[Tensor]] = {}
 
 
 @dataclass
@@ -257,15 +257,19 @@ def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K]
 
 
 def _counter(device: torch.device, count: int) -> Tensor:
-    """Zeros that every launch leaves as zeros; one tensor a stream, made outside of CUDA graphs, or one a launch within."""
+    """Zeros that every launch leaves as zeros; one tensor a stream, made outside of CUDA graphs, or one a launch within.
+
+    None is ever freed, since a captured graph may hold it. As with cuBLAS's workspaces, graphs captured on one stream must
+    not be replayed on several at once.
+    """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device.index or 0, stream)
-    held = _counters.get(key)
-    if held is None or held.numel() < count:
-        held = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _counters[key] = held
-    return held
+    held = _counters.setdefault((device.index or 0, stream), [])
+    if held and held[-1].numel() >= count:
+        return held[-1]
+    made = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        held.append(made)
+    return made
 
 
 @functools.cache

@@ -51,7 +51,8 @@ from .shards import ShardReader
 from .staging import check_places
 from .writer import ShardWriter
 
-_BUNDLE = 8 << 20  # bytes of source in a worker's buffer: calls are cheap, and gate and up of one expert fit; 12 MiB are no faster
+# Bytes of source in a worker's buffer: gate and up of one expert fit, calls are cheap, and 12 MiB are no faster.
+_BUNDLE = 8 << 20
 _SMALLEST = 1 << 20
 _WORKING_SET = 4  # what quantizing takes beside the buffer, in its size: codes and scales, and experts made canonical
 _MARGIN = 64 << 20  # allocators, threads' caches of mx_kernels, headers

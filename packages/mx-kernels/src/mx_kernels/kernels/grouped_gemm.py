@@ -376,6 +376,8 @@ def _plan(
             route = PAIR.value
     if not 16 <= block <= 128:
         raise ValueError(f"the alignment has blocks of {block} pairs, packed weights need 16, 32, 64 or 128")
+    if n * k >= 2**31:
+        raise ValueError(f"the weight has {n} x {k} elements a matrix, 32-bit offsets reach 2^31: split its rows")
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None  # meta: to compile without a device
     if f is None:
         rows, width = w_shape[1:]
@@ -392,7 +394,7 @@ def _plan(
     pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
     tiles = -(-strips * 16 // c.rows)
     count = shape[0] if len(shape) == 3 else 1
-    largest = max(math.prod(shape), num_pairs * n)
+    largest = max(shape[-2] * stride[-2] * count, num_pairs * n)
     options = {"num_warps": c.warps, "num_stages": c.stages if torch.version.hip is None else 2}
     if c.maxnreg and ptx:
         options["maxnreg"] = c.maxnreg

@@ -101,7 +101,7 @@ def product(x, w, tiles, top_k, bias, act, weight, config):
     return kernel.grouped_gemm_packed(*args, config)
 
 
-def problem(model: str, name: str, tokens: int, which: str, device: str):
+def problem(model: str, tokens: int, device: str):
     experts, k, hidden, inner, _, has_bias = MODELS[model]
     pairs = tokens * k
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
@@ -137,7 +137,7 @@ def compile_one(job) -> str | None:
         kernel._grouped_gemm_packed_kernel.warmup(*tensors, *plan.sizes, *plan.constants, grid=(1,), **plan.options)
 
     kernel._launch = warm
-    x, a, b1, b2, weight = problem(model, name, tokens, "", "meta")
+    x, a, b1, b2, weight = problem(model, tokens, "meta")
     tiles = fake_tiles(tokens * k, k, experts, config.pairs)
     try:
         if gemm == 1:
@@ -252,7 +252,7 @@ def measure(model, name, tokens, w1, w2, todo, budget) -> list[dict]:
     experts, k, hidden, inner, act, _ = MODELS[model]
     pairs = tokens * k
     layers = {1: 16, 4: 16, 16: 8, 64: 6}.get(tokens, 4 if tokens < 1024 else 2)
-    x, a, b1, b2, weight = problem(model, name, tokens, "", "cuda")
+    x, a, b1, b2, weight = problem(model, tokens, "cuda")
     ids = routings(model, tokens, layers)
     active = statistics.mean(len(i.unique()) for i in ids)
     tiles: dict[int, list] = {}

@@ -114,7 +114,8 @@ def _rebase(w: QuantizedTensor, lift: int) -> tuple[Tensor, Tensor, Tensor]:
         data[e], scale[e] = reference.rebased(codes, w.scale[e], w.format.element)
         now = decode(data[e], MXFP8.element)
         down = w.scale[e].int() - w.scale[e].amax(-1, keepdim=True).int() + lift
-        factor = ((down + 127).clamp(min=1) << 23).view(torch.float32)  # a weight below 2^-126 of the largest still counts
+        # At least 2^-126: weights below that still count as weights.
+        factor = ((down + 127).clamp(min=1) << 23).view(torch.float32)
         want = decode(codes, w.format.element) * factor.repeat_interleave(32, -1)
         row = scale[e].double()[:, None]
         sums += torch.stack([

@@ -154,6 +154,35 @@ def test_special_blocks(f, rule):
     assert bool(((values[4] - x[4]).abs() <= 2.0**-127 * 0.5).all())
 
 
+SPECIAL = ("e4m3", "e2m3", "e2m1")
+
+
+@pytest.mark.parametrize("rule", ["floor", "even", "rceil"])
+@pytest.mark.parametrize("element", SPECIAL)
+def test_golden_special_blocks(element, rule, golden):
+    """Blocks of zeros, subnormals, the largest numbers, NaN and Inf as torchao writes them; where we differ, how."""
+    found = json.loads((golden / "special_blocks.json").read_text())
+    assert len(found) >= 12
+    for name, block in found.items():
+        bits = np.array([int(b, 16) for b in block["x_f32_bits"]], dtype=np.uint32)
+        codes, scale = reference.quantize_codes(torch.from_numpy(bits.view(np.float32)), MX[element], rule)
+        ours, (byte, theirs) = (int(scale), codes.tolist()), block[f"torchao.{element}.{rule}"]
+        if "nan" in name:  # theirs are codes of numbers under a NaN scale; ours are 0
+            assert (ours, byte) == ((255, [0] * 32), 255), name
+        elif "inf" in name:  # the same codes; their FLOOR and EVEN take Inf's exponent field for a number's
+            assert ours == (254, theirs), name
+        elif name == "tiny_2^-130":  # they divide by 2^-126 at least
+            exact = reference.encode(torch.from_numpy(bits.view(np.float32)).double() * 2.0**127, MX[element].element)
+            assert (*ours, byte) == (0, exact.tolist(), 0), name
+        elif name.startswith("f32_448+1ulp") and (element, rule) == (
+            "e4m3",
+            "rceil",
+        ):  # their float32 logarithm rounds down
+            assert ours[0] == byte + 1, name
+        else:
+            assert ours == (byte, theirs), name
+
+
 @mx
 def test_search_takes_the_better_scale(f):
     x = torch.randn(400, 32) * torch.exp(torch.randn(400, 1))

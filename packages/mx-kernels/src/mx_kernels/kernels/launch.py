@@ -36,4 +36,3 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     guard = contextlib.nullcontext() if device.index in (None, module.current_device()) else module.device(device)
     with guard:
         run(*args, **options)
-

@@ -2,7 +2,7 @@
 
 The block scales of a weight row, and of a token, are folded into its E4M3 codes under one power of two (``mx_kernels.rebase``).
 That changes codes that become subnormal, so it is never chosen by itself: ask for ``backend="rebased"``. ``exactness`` says what
-it did to the weights; ``promote=False`` on the class's ``accumulate`` leaves sums in the matrix unit, which keeps about 14 bits.
+it did to the weights; ``promote=False`` leaves sums in the matrix unit, which keeps about 14 bits.
 
     tiles = align(ids); x -> rebase_rows, gathered; GEMM 1, activation; h -> rebase_rows; GEMM 2 x routing weight; combine
 """

@@ -1,4 +1,4 @@
-"""Packing and re-basing kernels write the bytes of the PyTorch version, for every format, order of rows and ragged shape."""
+"""Packing kernels write the bytes of the PyTorch version, for every format, order of rows and ragged shape."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from importlib import import_module
 from unittest import mock
 
 import pytest
@@ -15,7 +14,6 @@ import torch
 import mx_kernels as mk
 from mx_kernels import packing
 
-rebasing = import_module("mx_kernels.rebase")  # the package's attribute of that name is the function
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 GATES = [(False, "concatenated"), (True, "concatenated"), (True, "interleaved")]
 SHAPES = [(1, 16, 32), (1, 34, 96), (9, 48, 352), (9, 200, 768), (1, 1000, 2880), (2, 272, 4128), (64, 160)]
@@ -101,38 +99,10 @@ def check_shift_and_errors(device):
         mk.pack(q)
 
 
-def check_rebase(shape, f, gated, device):
-    """Codes and scales bit for bit; counts exactly; the error to float32's rounding, a sum of K squares a row."""
-    low = torch.randint(0, 24, (*shape[:2], shape[2] // 32), device=device)
-    w = torch.randn(shape, device=device) * torch.exp2(-low.float()).repeat_interleave(32, -1)
-    q = mk.quantize(w, f)
-    with mock.patch.object(rebasing, "direct", return_value=True):
-        got = mk.rebase(q, gated=gated)
-    with mock.patch.object(rebasing, "direct", return_value=False):
-        want = mk.rebase(q, gated=gated)
-    assert torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
-    assert torch.equal(got.scale, want.scale)
-    assert got.changed == want.changed > 0
-    assert got.error == pytest.approx(want.error, rel=1e-6)
-
-
-def check_rebase_by_integers():
-    """On the CPU: as on an architecture without FP8 conversions, whose rounding the interpreter does not have."""
-    from mx_kernels.kernels import rebased
-    from mx_kernels.kernels.launch import Target
-
-    with mock.patch.object(rebased, "target", return_value=Target(False, False, 1)):
-        for shape in ((2, 16, 96), (1, 16, 4192)):
-            for f in rebasing.REBASED_FORMATS:
-                check_rebase(shape, f, True, "cpu")
-        check_rebase((2, 24, 160), mk.MXFP8, False, "cpu")
-
-
 INTERPRETED = """
 import test_kernels_packing as t
 t.check_shapes([(1, 16, 32), (2, 34, 96), (2, 40, 352)], "cpu")
 t.check_shift_and_errors("cpu")
-t.check_rebase_by_integers()
 print("right")
 """
 
@@ -156,14 +126,6 @@ def test_packed_bytes_are_those_of_pytorch(shape):
 @pytest.mark.gpu
 def test_shifts_and_errors_are_those_of_pytorch():
     check_shift_and_errors("cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 16, 160), (9, 48, 352), (3, 160, 2880), (2, 32, 14336)], ids=str)
-def test_rebased_bytes_are_those_of_pytorch(shape):
-    for f in rebasing.REBASED_FORMATS:
-        for gated in (False, True):
-            check_rebase(shape, f, gated, "cuda")
 
 
 @pytest.mark.gpu
@@ -262,27 +224,3 @@ def test_pack_compiles(aot, f, target):
         assert done[0].registers <= 128
         assert any("STG.E.128" in name for name in wide)
         assert f.element.bits == 6 or any("LDG.E.128" in name for name in wide)
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("f", rebasing.REBASED_FORMATS, ids=str)
-def test_rebase_compiles(aot, f, target):
-    from mx_kernels.kernels import rebased
-
-    signature = dict.fromkeys(("codes", "scale", "out"), "*u8") | dict.fromkeys(("row_scale", "sums"), "*fp32")
-    signature |= {"n": "i32", "blocks": "i32"}
-    constants = {"ELEMENT": f.element.name, "LIFT": 3, "GATED": True, "TOP": 512, "B": 128}
-    constants["FP8"] = target.startswith("sm") and target != "sm_80"
-    compiled = aot.compile_kernel(
-        rebased._rebase_kernel, signature, constants, target, unaligned=("blocks",), num_warps=4, enable_fp_fusion=False
-    )
-    assert compiled.spills == 0
-    if target == "sm_90":
-        assert compiled.registers <= 128
-        found = compiled.opcodes(full=True)
-        packs = sum(n for name, n in found.items() if name.startswith("F2FP.SATFINITE.E4M3"))
-        unpacks = sum(n for name, n in found.items() if name.startswith("F2FP.F16.E4M3.UNPACK"))
-        # Codes that were just made are not read back: ptxas lost the order of the two.
-        assert packs > 0
-        assert unpacks == (packs if f is mk.MXFP8 else 0)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .alignment import Alignment
 from .dispatch import (
-    bytes_of,
     check_device,
     check_float,
     check_float32,
@@ -26,7 +25,6 @@ from .dispatch import (
     direct,
     flat_activation,
     has_triton,
-    kernels,
     whole_activation,
 )
 from .epilogue import Epilogue
@@ -66,7 +64,7 @@ class RebasedWeight:
 
 
 def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
-    """Fold the block scales of each row of ``w`` [E, N, K] into its codes. Copies; waits for the device.
+    """Fold the block scales of each row of ``w`` [E, N, K] into its codes. Copies, one expert at a time; waits for the device.
 
     Raises ValueError for a format that E4M3 cannot hold (NVFP4 and E5M2), a shape that is not [E, N, K], N not a multiple of 16
     where ``gated``, and NaN scales.
@@ -84,15 +82,9 @@ def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
     if bool((w.scale == 255).any()):
         raise ValueError("w has NaN block scales (255): they cannot be re-based; mend or quantize the weight again")
     lift = reference.octaves_of_room(w.format.element)
-    if direct(w.data, w.scale):
-        data, scale, rows = kernels("rebased").rebase(bytes_of(w.data), w.scale, w.format, lift, gated)
-        rows = rows.double()
-        rows[..., 2:] *= scale.double().square()[..., None]
-        sums = rows.sum((0, 1))
-    else:
-        data, scale, sums = _rebase(w, lift)
-        if gated:
-            data, scale = reference.gate_up_rows(data), reference.gate_up_rows(scale)
+    data, scale, sums = _rebase(w, lift)
+    if gated:
+        data, scale = reference.gate_up_rows(data), reference.gate_up_rows(scale)
     changed, nonzero, wrong, total = sums.tolist()
     return RebasedWeight(
         data.view(torch.float8_e4m3fn),

@@ -17,11 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..formats import Format
-from .bits import e8m0_value, encode, round_to
-from .launch import launch, target
-from .quantize import _load_values
-
 
 @triton.jit
 def _load_blocks(x, start, K: tl.constexpr, WIDTH: tl.constexpr):
@@ -94,73 +89,6 @@ def _split(k: int) -> tuple[int, int]:
     one = triton.next_power_of_2(k)
     rest = max(32, triton.next_power_of_2(k - one // 2)) if k > one // 2 >= 32 else one
     return (one, 0) if rest > one // 4 or one == k else (one // 2, rest)
-
-
-@triton.jit
-def _rebase_kernel(
-    codes, scale, out, row_scale, sums, n, blocks,
-    ELEMENT: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, TOP: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """One row of a weight: codes and block scales -> E4M3 codes, the row's scale, and what changed (``rebase``)."""
-    row = tl.program_id(0).to(tl.int64)
-    place = row
-    if GATED:
-        r = row % n
-        i = r % (n // 2)
-        place = row - r + i // 8 * 16 + r // (n // 2) * 8 + i % 8
-    all_blocks = tl.arange(0, TOP)
-    top = tl.max(tl.load(scale + row * blocks + all_blocks, mask=all_blocks < blocks, other=0).to(tl.int32))
-    block = tl.arange(0, B)
-    changed = tl.zeros((B,), tl.int32)
-    used = tl.zeros((B,), tl.int32)
-    error = tl.zeros((B,), tl.float32)
-    total = tl.zeros((B,), tl.float32)
-    for first in range(0, blocks, B):
-        live = first + block < blocks
-        start = row * blocks + first
-        byte = tl.load(scale + start + block, mask=live, other=0).to(tl.int32)
-        v = _load_values(codes, start, live, ELEMENT, FP8, B, 32)
-        want = v * (tl.maximum(byte - top + (LIFT + 127), 1) << 23).to(tl.float32, bitcast=True)[:, None]
-        if FP8:
-            code = want.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        else:
-            code = encode(want, "e4m3").to(tl.uint8)
-        # Not from the code: ptxas (CUDA 12.8, Triton 3.6) reads a converted pair before it is written if it is also stored.
-        now = round_to(want, "e4m3")
-        at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-        tl.store(out + (place * blocks + first) * 32 + at, code, mask=live[:, None])
-        wrong = now - want
-        changed += tl.sum((now != want).to(tl.int32), 1)
-        used += tl.sum((want != 0).to(tl.int32), 1)
-        error += tl.sum(wrong * wrong, 1)
-        total += tl.sum(want * want, 1)
-    tl.store(row_scale + place, e8m0_value(top) * 2.0**-LIFT)
-    tl.store(sums + place * 4, tl.sum(changed).to(tl.float32))
-    tl.store(sums + place * 4 + 1, tl.sum(used).to(tl.float32))
-    tl.store(sums + place * 4 + 2, tl.sum(error))
-    tl.store(sums + place * 4 + 3, tl.sum(total))
-
-
-def rebase(codes: Tensor, scale: Tensor, f: Format, lift: int, gated: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, uint8 [E, N, data_width(K)], and scale bytes [E, N, K / 32] -> codes uint8 [E, N, K], scales [E, N], sums [E, N, 4].
-
-    Rows lie [8 gate | 8 up] per 16 where ``gated``. Sums, float32, of a row in units of its scale: weights that changed, weights
-    that are not zero, squares of the changes, squares of the weights.
-    """
-    experts, n, blocks = scale.shape
-    out = torch.empty((experts, n, blocks * 32), dtype=torch.uint8, device=codes.device)
-    row_scale = torch.empty((experts, n), dtype=torch.float32, device=codes.device)
-    sums = torch.empty((experts, n, 4), dtype=torch.float32, device=codes.device)
-    if out.numel() == 0:
-        return out, row_scale, sums
-    codes, top = codes.contiguous(), triton.next_power_of_2(blocks)
-    b = min(top, 128)
-    launch(
-        _rebase_kernel, (experts * n,), codes.device, codes if codes.data_ptr() % 4 == 0 else codes.clone(), scale.contiguous(),
-        out, row_scale, sums, n, blocks, ELEMENT=f.element.name, LIFT=lift, GATED=gated, FP8=target(codes.device).fp8, TOP=top,
-        B=b, num_warps=max(1, b // 32), enable_fp_fusion=False,
-    )  # fmt: skip
-    return out, row_scale, sums
 
 
 @triton.jit

@@ -301,6 +301,11 @@ def doubles(source):
         save_file({name: torch.ones(64, 64).double()}, source / f"model-0000{i + 1}-of-00002.safetensors")
 
 
+def integers(source):
+    for i, name in enumerate((NAME, NAME.replace("down", "up"))):
+        save_file({name: torch.ones(64, 64, dtype=torch.int8)}, source / f"model-0000{i + 1}-of-00002.safetensors")
+
+
 def not_divisible(source):
     for i, name in enumerate((NAME, NAME.replace("down", "up"))):
         save_file({name: torch.ones(64, 40).bfloat16()}, source / f"model-0000{i + 1}-of-00002.safetensors")
@@ -321,9 +326,22 @@ def not_divisible(source):
         ),
         (not_finite, (f"{NAME} is not finite", r"inf at index \(3, 5\)", "repair the source, or exclude")),
         (doubles, ("no weight is left", "float64", "needs bfloat16")),
+        (integers, ("no weight is left", "int8", "needs bfloat16")),
         (not_divisible, ("no weight is left", r"\[64, 40\]", "multiple of .* 32")),
     ],
-    ids=["truncated", "foreign", "empty", "missing", "outside", "absolute", "elsewhere", "inf", "dtype", "k"],
+    ids=[
+        "truncated",
+        "foreign",
+        "empty",
+        "missing",
+        "outside",
+        "absolute",
+        "elsewhere",
+        "inf",
+        "dtype",
+        "integers",
+        "k",
+    ],
 )
 def test_checkpoints(folder, damage, parts):
     damage(folder)

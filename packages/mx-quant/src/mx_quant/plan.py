@@ -129,13 +129,15 @@ def select(
             lost.append((ref.name, reason))
     known = {r.name for r in refs}
     for name, info in infos.items():
-        if name in known or len(info.shape) < 2 or "expert" not in name or not info.dtype.is_floating_point:
+        wide = info.dtype.is_floating_point and info.dtype.itemsize > 1
+        expert = "expert" in name and (info.dtype.is_floating_point or name.endswith(".weight"))
+        if name in known or len(info.shape) < 2 or not (expert or (name.endswith(".weight") and not wide)):
             continue
         if classify(name).kind in ("router", "norm", "embedding", "expert_bias", "fused_bias"):
             continue
-        reason = "its name is not one of a known expert weight"
+        reason = "its name is not one of a known expert weight" if wide else _wrong_dtype(info.dtype)
         skipped.append((name, reason))
-        if matches(name, (*exclude, *allow_unquantized_experts)) is None:
+        if expert and matches(name, (*exclude, *allow_unquantized_experts)) is None:
             lost.append((name, reason))
     if lost:
         listed = "; ".join(f"{n}: {why}" for n, why in lost[:3])
@@ -161,7 +163,7 @@ def _why_not(
         return f"{'lm_head' if role.kind == 'lm_head' else 'not a known kind of linear'}: include it by name", False
     dtype = infos[ref.tensors[0]].dtype
     if dtype not in _SOURCE_DTYPES:
-        return f"its dtype is {dtype}, needs bfloat16, float16 or float32", False
+        return _wrong_dtype(dtype), False
     grouping = grouping_of(layout)
     kind = {FUSED: "fused_expert", PER_EXPERT: "expert", None: ref.kind}[grouping] if ref.kind != "linear" else "linear"
     if kind not in layout.kinds:
@@ -169,6 +171,10 @@ def _why_not(
     if ref.shape[-1] % format.block or ref.shape[-1] == 0 or math.prod(ref.shape) == 0:
         return f"K of {list(ref.shape)} is not a positive multiple of {format}'s block {format.block}", False
     return None, False
+
+
+def _wrong_dtype(dtype: torch.dtype) -> str:
+    return f"its dtype is {dtype}, needs bfloat16, float16 or float32"
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ def best_split(p: Problem, rows: int, step: int, units: int) -> int:
     """Programs that share a tile's K loop, for few pairs: the fastest by a model in microseconds on an H200.
 
     A step takes 1.0 alone; with c programs on a multiprocessor c times what decoding (0.30) or streaming (0.45) its 128 x 128
-    weights takes. Adding up the partial sums takes 5 and 1.5 for each of them. Its constants are those that fit 27 measured problems best, each to 4.4%.
+    weights takes. Adding up the partial sums takes 5 and 1.5 for each of them.
+    The constants are those that fit 27 measured problems best, each to 4.4%.
     """
     steps = -(-p.k // step)
     programs = -(-p.n // rows) * p.active / (units or UNITS)

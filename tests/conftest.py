@@ -17,7 +17,7 @@ def golden() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _deterministic(request):
+def _deterministic():
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)

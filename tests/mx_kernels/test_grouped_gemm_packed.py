@@ -360,3 +360,17 @@ def test_graph_and_opcheck_on_the_gpu():
     torch.library.opcheck(
         grouped_gemm_packed_op, flat_product(x, p, tiles, 4, epilogue, epilogue.row_weight, torch.bfloat16)
     )
+
+
+@pytest.mark.gpu
+def test_a_clamp_does_not_hide_nan():
+    """min and max of the activation's limit pass a NaN on, as the reference does."""
+    act = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
+    x = torch.randn(40, 64, device="cuda", dtype=torch.bfloat16)
+    x[3] = float("nan")
+    w = mk.pack(mk.quantize(torch.randn(4, 64, 64, device="cuda"), mk.MXFP8), gated=True)
+    ids = torch.randint(0, 4, (40, 2), device="cuda", dtype=torch.int32)
+    tiles = mk.moe_align_block_size(ids, 16, 4)
+    y = mk.grouped_gemm(x, w, tiles, top_k=2, epilogue=mk.Epilogue(activation=act))
+    assert y[6:8].isnan().all()
+    assert y[:6].isfinite().all()

@@ -25,7 +25,7 @@ def _gate(g, alpha, KIND: tl.constexpr):
     elif KIND == "gelu_tanh":
         return 0.5 * g * (1.0 + _tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)))
     elif KIND == "relu2":
-        r = tl.maximum(g, 0.0)
+        r = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return r * r
     else:
         return g
@@ -92,8 +92,9 @@ def _finish(
             g += b0[:, None]
             u += b1[:, None]
         if LIMIT:
-            g = tl.minimum(g, act_limit)
-            u = tl.minimum(tl.maximum(u, -act_limit), act_limit)
+            g = tl.minimum(g, act_limit, propagate_nan=tl.PropagateNan.ALL)
+            u = tl.maximum(u, -act_limit, propagate_nan=tl.PropagateNan.ALL)
+            u = tl.minimum(u, act_limit, propagate_nan=tl.PropagateNan.ALL)
         if ACT == "swiglu_oai":
             u = u + act_beta
         o = _gate(g, act_alpha, ACT) * u
@@ -103,7 +104,7 @@ def _finish(
             o += b0[:, None]
         if ACT != "":
             if LIMIT:
-                o = tl.minimum(o, act_limit)
+                o = tl.minimum(o, act_limit, propagate_nan=tl.PropagateNan.ALL)
             o = _gate(o, act_alpha, ACT)
     if HAS_WEIGHT:
         o = o * weight[None, :]

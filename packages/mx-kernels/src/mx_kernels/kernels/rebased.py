@@ -148,8 +148,9 @@ def _grouped_gemm_rebased_kernel(
         gate = gate.reshape(BM, BN // 2)
         up = up.reshape(BM, BN // 2)
         if float("inf") > LIMIT:
-            gate = tl.minimum(gate, LIMIT)
-            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+            gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         if KIND == "swiglu_oai":
             acc = gate * tl.sigmoid(ALPHA * gate) * (up + BETA)
         else:

@@ -46,12 +46,21 @@ def direct(*tensors: Tensor | None) -> bool:
 
     True for plain tensors on an accelerator that has Triton, while nothing traces, fakes or differentiates.
     """
-    if torch.compiler.is_compiling() or not has_triton():
+    return has_triton() and _plain(("cuda", "xpu"), tensors)
+
+
+def direct_on_cpu(*tensors: Tensor | None) -> bool:
+    """The same for the CPU's implementation. The first call of a custom op imports much of torch, over a second of it."""
+    return _plain(("cpu",), tensors)
+
+
+def _plain(devices: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> bool:
+    if torch.compiler.is_compiling():
         return False
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in (Tensor, Parameter) or t.device.type not in ("cuda", "xpu"):
+        if type(t) not in (Tensor, Parameter) or t.device.type not in devices:
             return False
         if t.requires_grad and torch.is_grad_enabled():
             return False

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .dispatch import bytes_of, check_device, check_float, check_float32, check_last_stride, direct, has_triton
+from .dispatch import (
+    bytes_of,
+    check_device,
+    check_float,
+    check_float32,
+    check_last_stride,
+    direct,
+    direct_on_cpu,
+    has_triton,
+)
 from .formats import Format, ScaleRule, get_format
 from .tensor import QuantizedTensor
 
@@ -37,7 +46,7 @@ def quantize(
     Raises TypeError for dtypes; ValueError for shapes, strides, rules and (on the CPU) values of ``global_scale``.
     """
     f, rule, global_scale = _checked(x, format, rule, global_scale)
-    run = _kernels().quantize if direct(x, global_scale) else _quantize
+    run = _run("quantize", _quantize, x, global_scale)
     data, scale = run(x, f.name, rule.value, global_scale)
     return QuantizedTensor(data.view(f.data_dtype), scale.view(f.scale_dtype), f, rule, x.dtype, global_scale)
 
@@ -52,7 +61,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     check_last_stride(q.data, "data")
     check_last_stride(q.scale, "scale")
     args = (bytes_of(q.data), bytes_of(q.scale), q.global_scale, q.format.name, dtype)
-    run = _kernels().dequantize if direct(*args[:3]) else _dequantize
+    run = _run("dequantize", _dequantize, *args[:3])
     out: Tensor = run(*args)
     return out
 
@@ -66,7 +75,7 @@ def quantize_dequantize(
 ) -> Tensor:
     """``dequantize(quantize(x, ...))`` in one pass: x [..., K] -> the same shape and dtype. Arguments and errors of ``quantize``."""
     f, rule, global_scale = _checked(x, format, rule, global_scale)
-    run = _kernels().quantize_dequantize if direct(x, global_scale) else _quantize_dequantize
+    run = _run("quantize_dequantize", _quantize_dequantize, x, global_scale)
     out: Tensor = run(x, f.name, rule.value, global_scale)
     return out
 
@@ -77,12 +86,19 @@ def compute_global_scale(x: Tensor) -> Tensor:
     A / 2688 (= 448 * 6) where A is the matrix's largest finite magnitude; 1 where A is 0.
     """
     check_float(x, "x")
-    out: Tensor = _compute_global_scale(x)
+    out: Tensor = _run("compute_global_scale", _compute_global_scale, x)(x)
     return out
 
 
 def _kernels() -> Any:
     return importlib.import_module("mx_kernels.kernels.quantize")
+
+
+def _run(name: str, op: Any, *tensors: Tensor | None) -> Any:
+    """The device's own function where nothing traces, else the op."""
+    if direct(*tensors):
+        return getattr(_kernels(), name)
+    return _ON_CPU[name] if direct_on_cpu(*tensors) else op
 
 
 def _checked(
@@ -159,19 +175,25 @@ def _compute_global_scale(x: Tensor) -> Tensor:
 
 
 @_quantize.register_kernel("cpu")
-def _(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize_on_cpu(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_global_values(global_scale)
     return cpu.quantize(x, format, rule, global_scale)
 
 
-@_compute_global_scale.register_kernel("cpu")
-def _(x: Tensor) -> Tensor:
-    return cpu.compute_global_scale(x)
+@_quantize_dequantize.register_kernel("cpu")
+def _quantize_dequantize_on_cpu(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> Tensor:
+    data, scale = _quantize_on_cpu(x, format, rule, global_scale)
+    return cpu.dequantize(data, scale, global_scale, format, x.dtype)
 
 
-@_dequantize.register_kernel("cpu")
-def _(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
-    return cpu.dequantize(data, scale, global_scale, format, dtype)
+_compute_global_scale.register_kernel("cpu", cpu.compute_global_scale)
+_dequantize.register_kernel("cpu", cpu.dequantize)
+_ON_CPU = {
+    "quantize": _quantize_on_cpu,
+    "dequantize": cpu.dequantize,
+    "quantize_dequantize": _quantize_dequantize_on_cpu,
+    "compute_global_scale": cpu.compute_global_scale,
+}
 
 
 if has_triton():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from mx_kernels import ARCHITECTURES, FORMATS, Device
-from mx_kernels.device import family, triton_version
+from mx_kernels.device import _probe, family, triton_version
 
 NATIVE = {
     ("mxfp8_e4m3", "mxfp8_e4m3"): {"sm100", "sm103", "sm120", "sm121", "gfx950", "gfx1250"},
@@ -36,13 +38,8 @@ def test_fake(name):
 
 
 def test_facts_that_kernels_rely_on():
-    for arch in ARCHITECTURES.values():
-        assert arch.warp == (64 if arch.name in ("gfx90a", "gfx942", "gfx950") else 32)
-        if arch.native:
-            assert arch.fp8
-            assert arch.fp8_dot
-    assert not ARCHITECTURES["sm75"].bf16
-    assert not ARCHITECTURES["sm80"].fp8
+    assert [a.name for a in ARCHITECTURES.values() if not a.bf16] == ["sm75"]
+    assert {a.vendor for a in ARCHITECTURES.values()} == {"cpu", "nvidia", "amd", "intel"}
 
 
 def test_families():
@@ -63,8 +60,74 @@ def test_probe():
     assert cpu == Device.probe(torch.device("cpu"))
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         assert Device.probe() == cpu
-    with pytest.raises(ValueError, match="device is meta, needs cpu, cuda"):
+    with pytest.raises(ValueError, match="device is meta, needs one that holds data"):
         Device.probe("meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "bf16"),
+    [
+        ("sm70", (7, 0), False),
+        ("sm87", (8, 7), True),
+        ("sm110", (11, 0), True),
+        ("gfx803", (8, 0), False),
+        ("gfx908", (9, 0), True),
+        ("gfx1030", (10, 3), True),
+    ],
+)
+def test_a_gpu_that_is_not_in_the_table(accelerator, name, capability, bf16):
+    """It runs what needs no block-scaled instruction, and says that it is unknown."""
+    accelerator(name, capability)
+    device = Device.probe("cuda:0")
+    assert str(device) == device.arch.name == name
+    assert device.name == f"Some GPU ({name} is not in the table)"
+    assert (device.type, device.arch.vendor) == ("cuda", "amd" if name.startswith("gfx") else "nvidia")
+    assert device.arch.bf16 == bf16
+    assert device.arch.native == frozenset()
+    assert (device.triton, device.units, device.memory) == (triton_version(), 16, 1 << 30)
+    assert name not in ARCHITECTURES
+    with pytest.raises(ValueError, match=f"unknown architecture '{name}'"):
+        Device.fake(name)
+
+
+@pytest.mark.parametrize(("name", "capability"), [("sm90", (9, 0)), ("gfx950", (9, 5))])
+def test_a_gpu_that_is_in_the_table(accelerator, name, capability):
+    accelerator(name, capability)
+    device = Device.probe("cuda:0")
+    assert device.arch is ARCHITECTURES[name]
+    assert device.name == "Some GPU"
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A function that makes torch report a GPU of this name and compute capability."""
+
+    def install(name: str, capability: tuple[int, int]) -> None:
+        hip = name.startswith("gfx")
+        facts = SimpleNamespace(
+            name="Some GPU", major=capability[0], minor=capability[1], multi_processor_count=16, total_memory=1 << 30
+        )
+        if hip:
+            facts.gcnArchName = f"{name}:sramecc+:xnack-"
+        monkeypatch.setattr(torch.version, "hip", "6.4" if hip else None)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+        _probe.cache_clear()
+
+    yield install
+    _probe.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["mps", "privateuseone"])
+def test_a_device_without_triton(kind):
+    device = Device.probe(kind)
+    assert (device.type, device.arch.name, device.name, device.triton) == (kind, kind, kind, None)
+    assert str(device) == kind
+    assert not device.native("mxfp8_e4m3", "mxfp8_e4m3")
+
+
+def test_the_current_accelerator_is_probed(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert Device.probe() == Device.probe("mps")
 
 
 def test_unknown_architecture():
@@ -81,6 +144,5 @@ def test_triton_version_is_that_of_the_import():
 def test_probe_the_accelerator():
     device = Device.probe()
     assert device.type in ("cuda", "xpu")
-    assert device.arch.name in ARCHITECTURES
     assert device.memory > 0
     assert device == Device.probe(f"{device.type}:0")

@@ -18,6 +18,7 @@ from mx_moe import (
     select_mxfp8_moe_backend,
     select_nvfp4_moe_backend,
 )
+from mx_moe.__main__ import environment
 
 SILU = mk.Activation("silu")
 MXFP8_HARDWARE = {"sm100", "sm103", "sm120", "sm121", "gfx950", "gfx1250"}
@@ -150,3 +151,39 @@ def test_explain_is_json() -> None:
 
 def test_device_by_torch_name() -> None:
     assert select_mxfp8_moe_backend(torch.device("cpu")).name == "emulation"
+
+
+@pytest.mark.parametrize("kind", ["mps", "privateuseone"])
+def test_a_device_without_triton(kind: str) -> None:
+    """Devices that PyTorch has and Triton has not: the reference and the emulation run, and the others say why not."""
+    choice = select_mxfp8_moe_backend(torch.device(kind))
+    assert choice.name == "emulation"
+    assert f"{kind} has no hardware dot_scaled" in reasons(choice)["native"]
+    assert reasons(choice)["fused"].startswith(f"{kind} runs no Triton kernels")
+    assert select_mxfp8_moe_backend(kind, "reference").name == "reference"
+    with pytest.raises(mk.Unsupported, match=f"{kind} runs no Triton kernels"):
+        select_mxfp8_moe_backend(kind, "fused")
+    assert {row["backend"] for row in explain(mk.Device.probe(kind)).values()} == {"emulation"}
+
+
+@pytest.mark.parametrize(("arch", "bf16"), [("sm70", False), ("sm87", True), ("sm110", True)])
+def test_a_gpu_that_is_not_in_the_table(arch: str, bf16: bool) -> None:
+    """Nothing is native there; the reason says that it is unknown, not that it lacks the instruction."""
+    device = mk.Device("cuda", mk.Architecture(arch, "nvidia", bf16=bf16), arch, "3.6.0")
+    choice = select_mxfp8_moe_backend(device)
+    assert choice.name == ("fused" if bf16 else "emulation")
+    assert reasons(choice)["native"].startswith(f"{arch} is not in the table of architectures: no hardware dot_scaled")
+    assert "(sm100, sm103, sm120" in reasons(choice)["native"]
+    if not bf16:
+        assert "no bfloat16 matrix instructions: use float16" in reasons(choice)["fused"]
+
+
+def test_env_lists_every_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    found = environment(None)
+    assert [(d["device"], d["arch"], d["triton"]) for d in found["devices"]] == [
+        ("mps:0", "mps", None),
+        ("cpu", "cpu", None),
+    ]
+    assert found["arch"] == "mps"

@@ -24,38 +24,34 @@ class Architecture:
 
     native: (activation family, weight family) pairs that have a block-scaled matrix instruction ("mxfp8" stands for
         E4M3 and E5M2; MXFP6 is widened to E4M3, which holds each of its values).
-    fp8: Triton can convert float8_e4m3fn there; where it cannot, kernels decode the bytes by hand.
-    fp8_dot: matrix units multiply FP8 (without block scales). warp: threads of a warp or wavefront.
+    bf16: matrix units multiply bfloat16.
     """
 
     name: str
     vendor: str
     native: frozenset[tuple[str, str]] = frozenset()
-    fp8: bool = True
-    fp8_dot: bool = False
     bf16: bool = True
-    warp: int = 32
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
     for a in (
         Architecture("cpu", "cpu"),
-        Architecture("sm75", "nvidia", fp8=False, bf16=False),
-        Architecture("sm80", "nvidia", fp8=False),
-        Architecture("sm86", "nvidia", fp8=False),
-        Architecture("sm89", "nvidia", fp8_dot=True),
-        Architecture("sm90", "nvidia", fp8_dot=True),
-        Architecture("sm100", "nvidia", _MX8_4 | _NVFP4, fp8_dot=True),
-        Architecture("sm103", "nvidia", _MX8_4 | _NVFP4, fp8_dot=True),
-        Architecture("sm120", "nvidia", _SAME | _NVFP4, fp8_dot=True),
-        Architecture("sm121", "nvidia", _SAME | _NVFP4, fp8_dot=True),
-        Architecture("gfx90a", "amd", fp8=False, warp=64),
-        Architecture("gfx942", "amd", fp8=False, fp8_dot=True, warp=64),
-        Architecture("gfx950", "amd", _MX8_4, fp8_dot=True, warp=64),
-        Architecture("gfx1100", "amd", fp8=False),
-        Architecture("gfx1201", "amd", fp8=False, fp8_dot=True),
-        Architecture("gfx1250", "amd", _MX8_4, fp8_dot=True),
+        Architecture("sm75", "nvidia", bf16=False),
+        Architecture("sm80", "nvidia"),
+        Architecture("sm86", "nvidia"),
+        Architecture("sm89", "nvidia"),
+        Architecture("sm90", "nvidia"),
+        Architecture("sm100", "nvidia", _MX8_4 | _NVFP4),
+        Architecture("sm103", "nvidia", _MX8_4 | _NVFP4),
+        Architecture("sm120", "nvidia", _SAME | _NVFP4),
+        Architecture("sm121", "nvidia", _SAME | _NVFP4),
+        Architecture("gfx90a", "amd"),
+        Architecture("gfx942", "amd"),
+        Architecture("gfx950", "amd", _MX8_4),
+        Architecture("gfx1100", "amd"),
+        Architecture("gfx1201", "amd"),
+        Architecture("gfx1250", "amd", _MX8_4),
         Architecture("xpu", "intel"),
     )
 }
@@ -80,8 +76,9 @@ def triton_version() -> str | None:
 
 @dataclass(frozen=True)
 class Device:
-    """One device: ``type`` is torch's device type ("cpu", "cuda" (also ROCm), "xpu"), ``arch`` a row of ARCHITECTURES.
+    """One device: ``type`` is torch's device type ("cpu", "cuda" (also ROCm), "xpu", "mps" ...), ``arch`` what is known of it.
 
+    ``arch`` is a row of ARCHITECTURES, or for hardware that is not in the table a row that claims as little as possible.
     ``triton`` is the version that would compile its kernels, or None: then every operation runs on its PyTorch reference.
     """
 
@@ -96,10 +93,11 @@ class Device:
     def probe(cls, device: torch.device | str | None = None) -> Device:
         """The facts of a torch device (None: the current accelerator, else the CPU).
 
-        Raises ValueError for a device type that is not cpu, cuda or xpu, and for an architecture not in the table.
+        An architecture that is not in the table has no native pairs; a device type other than cuda and xpu has no Triton.
+        Raises ValueError for the meta device, which is no hardware.
         """
         if device is None:
-            device = "cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu"
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -134,12 +132,19 @@ def _probe(device: torch.device) -> Device:
     if device.type == "xpu":
         xpu = torch.xpu.get_device_properties(device)
         return Device("xpu", ARCHITECTURES["xpu"], xpu.name, triton_version(), memory=xpu.total_memory)
+    if device.type == "meta":
+        raise ValueError("device is meta, needs one that holds data: cpu, cuda (also ROCm), xpu, mps ...")
     if device.type != "cuda":
-        raise ValueError(f"device is {device}, needs cpu, cuda (also ROCm) or xpu")
+        return Device(device.type, Architecture(device.type, device.type), device.type, None)
     p = torch.cuda.get_device_properties(device)
-    arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm{p.major}{p.minor}"
-    if arch not in ARCHITECTURES:
-        raise ValueError(
-            f"{p.name} has the architecture {arch}, which is not in the table: add a row to mx_kernels/device.py"
-        )
-    return Device("cuda", ARCHITECTURES[arch], p.name, triton_version(), p.multi_processor_count, p.total_memory)
+    name = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm{p.major}{p.minor}"
+    note = "" if name in ARCHITECTURES else f" ({name} is not in the table)"
+    arch = ARCHITECTURES.get(name) or _unknown(name, p.major)
+    return Device("cuda", arch, p.name + note, triton_version(), p.multi_processor_count, p.total_memory)
+
+
+def _unknown(name: str, major: int) -> Architecture:
+    """A row for a GPU that is not in the table; ``major`` is that of its compute capability, or the 9 of gfx9xx."""
+    if torch.version.hip:
+        return Architecture(name, "amd", bf16=major >= 9)
+    return Architecture(name, "nvidia", bf16=major >= 8)

@@ -65,9 +65,8 @@ def environment(arch: str | None) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    kinds = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + [
-        f"xpu:{i}" for i in range(torch.xpu.device_count())
-    ]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kinds = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] if accelerator else []
     devices = []
     for kind in (*kinds, "cpu"):
         d = mk.Device.probe(kind)

@@ -308,12 +308,17 @@ def hardware_reason(device: mk.Device, inputs: str, weight: str) -> str | None:
         return None
     have = ", ".join(device.native_elsewhere(inputs, weight))
     pair = weight if inputs == weight else f"{inputs} x {weight}"
-    return f"{device} has no hardware dot_scaled for {pair} ({have + ' have' if have else 'no architecture in the table has'})"
+    where = f"{have} have" if have else "no architecture in the table has"
+    if device.type in ("cuda", "xpu") and device.arch.name not in mk.ARCHITECTURES:
+        return (
+            f"{device} is not in the table of architectures: no hardware dot_scaled is known there for {pair} ({where})"
+        )
+    return f"{device} has no hardware dot_scaled for {pair} ({where})"
 
 
 def triton_reason(device: mk.Device, job: str) -> str | None:
     """Why Triton kernels cannot run on ``device``, or None."""
-    if device.type == "cpu":
+    if device.type not in ("cuda", "xpu"):
         return f"{device} runs no Triton kernels, and {job}"
     if device.triton is None:
         return f"Triton is not installed, and {job}: pip install triton (GPU builds of torch bring their own)"

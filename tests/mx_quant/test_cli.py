@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import mx_quant
 from mx_quant import __main__ as cli
 
 
@@ -121,6 +124,35 @@ def test_module_entry():
     done = subprocess.run([sys.executable, "-m", "mx_quant", "--help"], capture_output=True, text=True, check=True)
     for name in ("quantize", "inspect", "verify", "convert", "dequantize", "report"):
         assert name in done.stdout
+
+
+@pytest.mark.parametrize("args", [["--help"], ["quantize", "--help"], ["--version"]])
+def test_help_and_version_do_not_wait_for_torch(args):
+    code = f"""
+import runpy, sys
+sys.argv = ["mx_quant", *{args!r}]
+try:
+    runpy.run_module("mx_quant", run_name="__main__")
+except SystemExit as e:
+    assert not e.code, e.code
+heavy = {{"torch", "triton", "mx_kernels", "tqdm"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_lazy_names_are_typed_names():
+    """What type checkers see imported in __init__.py is what is imported when it is used."""
+    tree = ast.parse(Path(mx_quant.__file__).read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If))
+    seen = {a.name: f"mx_quant.{n.module}" for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert sorted(seen) == mx_quant.__all__
+    for name, module in seen.items():
+        assert getattr(mx_quant, name) is getattr(sys.modules[module], name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mx_quant.nothing  # noqa: B018
 
 
 def test_formats_are_those_of_the_kernels():

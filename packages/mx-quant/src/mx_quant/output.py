@@ -99,17 +99,25 @@ def produce(
     resume: bool,
     overwrite: bool,
 ) -> int:
-    """Fill ``out`` by calling ``write(writer)``, or what is missing of it; the number of shards that were complete before."""
+    """Fill ``out`` by calling ``write(writer)``, or what is missing of it; the number of shards that were complete before.
+
+    Where the source turns out to be bad (ValueError, TypeError, KeyError) a resumed run would find the same: nothing is left
+    behind. Other errors, those of the machine, leave what is needed to resume.
+    """
     witness = {"source_times": [list(s) for s in reader.stamps()]}
     with Staging(out, output.fingerprint, witness, resume=resume, overwrite=overwrite) as staging:
         if staging.complete:
             return len(output.shards)
         staging.begin(output.shards, output.nbytes)
         resumed = len(staging.finished)
-        with ShardWriter(staging.path, output.shards, done=staging.finished, on_shard=staging.record) as writer:
-            write(writer)
-            writer.finish()
-        _check_unchanged(reader)
+        try:
+            with ShardWriter(staging.path, output.shards, done=staging.finished, on_shard=staging.record) as writer:
+                write(writer)
+                writer.finish()
+            _check_unchanged(reader)
+        except (ValueError, TypeError, KeyError):
+            staging.discard()
+            raise
         staging.commit(output.files | {MANIFEST: _manifest(output.fingerprint, staging.finished)})
     return resumed
 

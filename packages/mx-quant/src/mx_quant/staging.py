@@ -215,6 +215,12 @@ class Staging:
         self.finished[shard.file] = crc
         self._append({"shard": shard.file, "crc": crc})
 
+    def discard(self) -> None:
+        """Remove the partial output, so that nothing is left to continue."""
+        (self.path / JOURNAL).unlink(missing_ok=True)  # first: without it a folder that a kill leaves counts as stray
+        shutil.rmtree(self.path)
+        sync_folder(self.out.parent)
+
     def commit(self, files: Mapping[str, bytes]) -> None:
         """Write the small files, check the staged checkpoint, and rename it into place."""
         expected = {*self.finished, *files, JOURNAL}

@@ -97,6 +97,25 @@ def test_lost_and_added_tensors(checkpoints, tmp_path):
     assert {("missing", "model.norm.weight"), ("unknown", "extra")} <= found
 
 
+@pytest.mark.parametrize("f", LAYOUT)
+def test_an_expert_that_lacks_a_matrix(checkpoints, tmp_path, f):
+    """Codes, scales and all of one matrix are gone, and no manifest tells."""
+    _, out = make(checkpoints, tmp_path, f)
+    damage(out, lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{UP}.")])
+    found = verify_checkpoint(out)
+    assert kinds(found) == {("missing", f"{UP}.weight")}
+    assert "each of the 4 experts" in found.findings[0].detail
+
+
+def test_experts_that_are_not_there(checkpoints, tmp_path):
+    _, out = make(checkpoints, tmp_path)
+    gone = UP.removesuffix("up_proj")
+    damage(out, lambda t: [t.pop(n) for n in list(t) if n.startswith(gone)])
+    found = verify_checkpoint(out)
+    assert kinds(found) == {("missing", f"{gone}{x}_proj.weight") for x in ("gate", "up", "down")}
+    assert "3 of this layer are missing" in str(found)
+
+
 def test_wrong_shape(checkpoints, tmp_path):
     _, out = make(checkpoints, tmp_path)
     damage(out, lambda t: t.update({f"{UP}.weight_scale_inv": t[f"{UP}.weight_scale_inv"][:-1].clone()}))

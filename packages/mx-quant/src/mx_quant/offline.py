@@ -38,6 +38,7 @@ from .output import Output, arrange, parse_bytes, plan_output, produce, resident
 from .plan import (
     MATRICES,
     bundles,
+    check_experts,
     expert_module,
     grouping_of,
     key_nbytes,
@@ -159,7 +160,8 @@ def quantize_checkpoint(
     exact reciprocal, so that layouts that store divisors lose nothing.
 
     The source is never written to; ``out`` appears when it is complete. Raises ValueError for whatever is wrong with the
-    source (a weight that is not finite is named with its first index) or with the arguments, OSError when the disk fails.
+    source (a weight that is not finite is named with its first index) or with the arguments, and leaves nothing behind then;
+    OSError when the disk fails, after which ``resume`` goes on.
     """
     start = time.perf_counter()
     src_path, out_path = Path(src), Path(out)
@@ -180,19 +182,31 @@ def quantize_checkpoint(
         summary = replace(job.summary, src=str(src_path), out=str(out_path), dry_run=dry_run)
         if dry_run:
             return summary
+        place = _device(device)
         mk.quantize(torch.zeros(1, f.block), f)  # what PyTorch imports at the first call belongs to the process
         limit, workers = _fit(parse_bytes(max_memory), jobs, job)
 
         def write(writer: ShardWriter) -> None:
             work = bundles(reader, job.targets, job.sources, job.copies, joint=f.has_global_scale, limit=limit)
             write_biases(reader, writer, job.biases, job.sources)
-            run = Quantizer(reader, writer, lay, f, rule, job.sources, work, torch.device(device))
+            run = Quantizer(reader, writer, lay, f, rule, job.sources, work, place)
             tasks = pack(work, limit)
             sizes = [t.nbytes for t in tasks]
             run_tasks(tasks, sizes, run, workers, buffer_nbytes=buffer_nbytes(tasks), progress=progress)
 
         resumed = produce(reader, out_path, job.output, write, resume=resume, overwrite=overwrite)
     return replace(summary, resumed=resumed, seconds=time.perf_counter() - start)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device, after it has held a tensor: a run that finds out later would leave a partial output."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as e:
+        text = str(e).splitlines()[0]
+        raise ValueError(f"the device {str(device)!r} cannot be used here ({text}): choose cpu, or one it has") from e
+    return found
 
 
 def _layout_for(format: Format, layout: Layout | str | None) -> Layout:
@@ -243,11 +257,13 @@ def _plan(
             f"{reader.folder} is quantized already (layout {found.name}): use convert for another layout, or dequantize first"
         )
     config = configs.get("config.json", {})
+    family = family_of(config, infos)
+    check_experts(infos, family)
     refs = plain_refs(config, infos)
     selection = select(refs, infos, layout, format, include=include, exclude=exclude, allow_unquantized_experts=allow)
     chosen = {r.name: replace(r, format=format, rule=rule) for r in selection.chosen}
     biases = [r for r in refs if r.kind not in MATRICES and expert_module(r.name) in {expert_module(n) for n in chosen}]
-    family, grouping = family_of(config, infos), grouping_of(layout)
+    grouping = grouping_of(layout)
     targets = regroup(list(chosen.values()), grouping, family)
     bias_targets = [] if grouping is None else regroup(biases, grouping, family)
     sources = {r.name: r for r in refs}

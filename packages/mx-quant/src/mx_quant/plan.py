@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mx_kernels import Format
 from .layouts import (
     FUSED,
     PER_EXPERT,
+    Family,
     Infos,
     Layout,
     Target,
@@ -40,6 +42,7 @@ from .writer import ShardWriter
 CONFIG_FILES = ("config.json", "hf_quant_config.json")
 MATRICES = ("linear", "expert", "fused_expert")
 _DEFAULT_KINDS = ("expert", "fused_expert", "shared_expert", "mlp", "attention")
+_NAMED = 5  # missing weights that an error names
 _SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Key = tuple[str, int | None]
@@ -88,6 +91,60 @@ class Selection:
 
     chosen: tuple[WeightRef, ...]
     skipped: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Holes:
+    """Matrices that single experts lack, of one layer: the first names of them, how many, and the experts there must be."""
+
+    experts: str
+    names: tuple[str, ...]
+    missing: int
+    count: int
+    projections: tuple[str, ...]
+
+
+def expert_holes(names: Iterable[str], family: Family) -> list[Holes]:
+    """What is missing among weights of single experts: each has every matrix that any of its layer has, a down_proj, and an
+    up_proj beside a gate_proj; their numbers run from 0 without holes.
+    """
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    for name in names:
+        role = classify(name)
+        if role.kind == "expert" and role.expert is not None:
+            found.setdefault(role.experts, {}).setdefault(role.part, {})[role.expert] = name.split(".")[-2]
+    holes = []
+    for experts, parts in found.items():
+        count = 1 + max(e for present in parts.values() for e in present)
+        wanted = {part: next(iter(present.values())) for part, present in parts.items()}
+        wanted.setdefault("down", family.down)
+        if "gate" in wanted:
+            wanted.setdefault("up", family.up)
+        missing = count * len(wanted) - sum(map(len, parts.values()))
+        if missing:
+            # A corrupt name may claim an expert of any number: the names are not listed beyond the first.
+            lacking = (
+                f"{experts}.{e}.{projection}.weight"
+                for e in range(count)
+                for part, projection in wanted.items()
+                if e not in parts.get(part, ())
+            )
+            holes.append(Holes(experts, tuple(islice(lacking, _NAMED)), missing, count, tuple(wanted.values())))
+    return holes
+
+
+def check_experts(names: Iterable[str], family: Family) -> None:
+    """Raise ValueError naming the weights that single experts lack, if there are any."""
+    holes = expert_holes(names, family)
+    if not holes:
+        return
+    first, total = holes[0], sum(h.missing for h in holes)
+    listed = ", ".join([n for h in holes for n in h.names][:_NAMED])
+    raise ValueError(
+        f"{total} expert weights are missing ({listed}{', ...' if total > _NAMED else ''}): {first.experts} has "
+        f"{first.count * len(first.projections) - first.missing} of the {first.count * len(first.projections)} that its "
+        f"{first.count} experts need ({', '.join(first.projections)} each); download the checkpoint again, or repair it"
+    )
 
 
 def grouping_of(layout: Layout) -> str | None:

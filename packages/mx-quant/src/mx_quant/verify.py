@@ -22,7 +22,7 @@ from .convert import Checkpoint
 from .engine import Progress, refuse_nonfinite, run_tasks
 from .layouts import PER_EXPERT, Target, WeightRef, assemble, assemble_plain, regroup
 from .output import workers_of
-from .plan import MATRICES, matches, source_hash
+from .plan import MATRICES, expert_holes, matches, source_hash
 from .report import Report, compare
 from .shards import ShardReader, bytes_of, load_json, read_small
 from .staging import MANIFEST
@@ -101,10 +101,10 @@ def verify_checkpoint(
 ) -> Verification:
     """Look for everything that can be wrong with the quantized checkpoint ``out``.
 
-    Damaged or contradictory files; tensors that are missing or have wrong shapes; scales that are NaN, zero under codes that
-    are not, or out of range; FP8 codes and full-precision values that are not finite; experts left in full precision (unless
-    allowed by name); tensors that differ from their CRC-32. With ``against``, its source: tensors that were lost or changed,
-    and the SNR of every weight, which must be at least ``min_snr`` dB.
+    Damaged or contradictory files; tensors, or matrices of experts, that are missing; wrong shapes; scales that are NaN, zero
+    under codes that are not, or out of range; FP8 codes and full-precision values that are not finite; experts left in full
+    precision (unless allowed by name); tensors that differ from their CRC-32. With ``against``, its source: tensors that were
+    lost or changed, and the SNR of every weight, which must be at least ``min_snr`` dB.
 
     Never raises for what is wrong with ``out``; ValueError for a bad argument or an unreadable ``against``.
     """
@@ -124,6 +124,10 @@ def verify_checkpoint(
             for r in ck.plain.values()
             if r.kind in MATRICES and r.kind != "linear" and matches(r.name, allow_unquantized_experts) is None
         ]
+        for h in expert_holes([*ck.weights, *ck.plain], ck.family):
+            rest = f" ({h.missing} of this layer are missing)" if h.missing > 1 else ""
+            detail = f"each of the {h.count} experts of {h.experts} needs {', '.join(h.projections)}{rest}"
+            findings += [Finding(n, "missing", detail) for n in h.names]
         crc, more = _manifest(ck)
         findings += more
         owned = {t for r in ck.weights.values() for t in r.tensors}

@@ -205,7 +205,7 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as e:
         text = str(e).splitlines()[0]
-        raise ValueError(f"the device {str(device)!r} cannot be used here ({text}): choose cpu, or one it has") from e
+        raise ValueError(f"the device {str(device)!r} cannot be used ({text}): choose cpu or another one") from e
     return found
 
 

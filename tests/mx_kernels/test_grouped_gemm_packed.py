@@ -225,6 +225,7 @@ print("right")
 """
 
 
+@pytest.mark.compile
 def test_kernel_in_the_interpreter():
     """Index logic, plain decoding and epilogue, where Triton is installed."""
     pytest.importorskip("triton")

@@ -334,11 +334,14 @@ print("as the reference")
 """
 
 
+@pytest.mark.compile
 def test_interpreted():
     """Rows, experts, tails, both routings, gate and up, packing, on the CPU: full float32, since the interpreter has no bf16."""
     triton = pytest.importorskip("triton")
     import numpy
 
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+        pytest.skip("the interpreter of Triton 3.9 refuses masks that a scalar comparison went into")
     if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
     done = subprocess.run(

@@ -107,6 +107,7 @@ print("right")
 """
 
 
+@pytest.mark.compile
 def test_kernels_in_the_interpreter():
     """All index and bit arithmetic, on the CPU, where Triton is installed."""
     pytest.importorskip("triton")

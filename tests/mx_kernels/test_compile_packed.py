@@ -66,7 +66,7 @@ def compiled(aot, plan, tensors, target: str, **changed):
 
 LIMITS = {  # (format, block) -> registers, instructions of the K loop for each weight of a thread (widest loop)
     ("mxfp4", 16): (128, 3.05),
-    ("mxfp4", 32): (168, 3.20),
+    ("mxfp4", 32): (168, 3.15),
     ("mxfp4", 64): (168, 3.40),
     ("mxfp4", 128): (255, 3.85),
     ("nvfp4", 16): (128, 3.20),
@@ -84,7 +84,8 @@ LIMITS = {  # (format, block) -> registers, instructions of the K loop for each 
 def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
     made, c = compiled(aot, *launched(name, block, 448, act), "sm_90")
     registers, instructions = LIMITS[name, block]
-    registers = kernel._REGISTERS.get(registers, registers)
+    if kernel._REGISTERS:  # Triton 3.8 and later
+        registers, instructions = kernel._REGISTERS.get(registers, registers), instructions * 1.01
     assert "wgmma.mma_async" in made.asm
     assert not any(code in made.log for code in ("C7510", "C7515"))
     assert made.registers <= registers

@@ -23,6 +23,8 @@ def _deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # workers of pytest-xdist share the device
 
 
 def pytest_collection_modifyitems(config, items):

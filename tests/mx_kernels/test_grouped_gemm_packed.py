@@ -38,11 +38,14 @@ CONFIGS = [
     Config(128, 256, 128, 8, 3, group=8, levels=3),
     Config(128, 256, 128, 8, 3, mask=False),
     Config(128, 128, 128, 4, 2, levels=3),
+    Config(128, 128, 64, 4, 4, levels=3),
+    Config(256, 128, 128, 8, 3, levels=3),
+    Config(256, 128, 128, 8, 3, group=8, levels=3, mask=False),
 ]
 
 
 def short(c: Config) -> str:
-    return f"{c.pairs}x{c.rows}w{c.warps}s{c.stages}k{c.split}g{c.group}L{c.levels}"
+    return f"{c.pairs}x{c.rows}x{c.step}w{c.warps}s{c.stages}k{c.split}g{c.group}L{c.levels}"
 
 
 def problem(
@@ -217,10 +220,14 @@ t.check(mk.MXFP8_E5M2, (2, 40, 96), 3, 2, t.OTHERS[2], device="cpu")
 t.check(mk.MXFP6_E2M3, (2, 80, 64), 1, 2, t.OTHERS[3], device="cpu")
 t.check(mk.MXFP4, (3, 160, 640), 6, 2, t.OTHERS[1], Config(16, 64, 128, 4, 3, split=4), device="cpu")
 t.check(mk.MXFP4, (3, 160, 256), 40, 2, t.OAI, Config(64, 64, 128, 4, 3, levels=3, group=4), device="cpu", block=64)
+t.check(mk.MXFP8, (2, 80, 160), 40, 2, None, Config(64, 64, 64, 4, 3, levels=2), device="cpu", block=64)
+t.check(mk.NVFP4, (2, 80, 192), 40, 2, None, Config(64, 64, 64, 4, 3), device="cpu", block=64)
 t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float16)
 t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float32)
+t.check(mk.MXFP4, (3, 160, 256), 60, 2, t.OAI, Config(32, 64, 64, 4, 3, levels=2), device="cpu", block=128)
 for rows in (1, 33, 70):
     t.check_linear(mk.MXFP4, (80, 192), rows, device="cpu")
+t.check_linear(mk.NVFP4, (80, 192), 33, device="cpu")
 print("right")
 """
 

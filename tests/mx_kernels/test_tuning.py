@@ -23,15 +23,15 @@ problems = st.builds(
 
 @given(
     problems,
-    st.sampled_from([0, 16, 32, 64, 128]),
+    st.sampled_from([0, 16, 32, 64, 128, 256]),
     st.sampled_from([0, 8, 132, 304]),
     st.sampled_from([101376, 166912, 232448]),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_choice_is_legal(p, pairs, units, shared):
-    pairs = pairs or block_pairs(p.num_pairs, p.num_experts)
+    pairs = pairs or block_pairs(p.num_pairs, p.num_experts, p.element == "")
     c = choose_config(p, pairs, units, shared)
-    assert c.pairs == pairs
+    assert pairs % c.pairs == 0
     assert c.rows in (64, 128, 256)
     assert c.split in (1, 2, 4, 8)
     assert c.split <= -(-p.k // c.step)
@@ -41,10 +41,10 @@ def test_every_choice_is_legal(p, pairs, units, shared):
     assert c.rows <= max(64, 2 * p.n)
 
 
-@given(st.integers(1, 1 << 20), st.integers(1, 512))
-def test_blocks_grow_with_the_pairs_of_an_expert(pairs, experts):
-    assert block_pairs(pairs, experts) <= block_pairs(2 * pairs, experts)
-    assert block_pairs(pairs, experts) in (16, 32, 64, 128)
+@given(st.integers(1, 1 << 20), st.integers(1, 512), st.booleans())
+def test_blocks_grow_with_the_pairs_of_an_expert(pairs, experts, plain):
+    assert block_pairs(pairs, experts, plain) <= block_pairs(2 * pairs, experts, plain)
+    assert block_pairs(pairs, experts, plain) in (16, 32, 64, 128, 256 if plain else 128)
 
 
 @pytest.mark.parametrize(

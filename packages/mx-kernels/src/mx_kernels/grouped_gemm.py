@@ -57,7 +57,7 @@ _SCHEMA = (
 def block_size(
     num_pairs: int, num_experts: int, device: torch.device | str, w: Operand | PackedWeight | None = None
 ) -> int:
-    """Rows of a block that suit this many pairs: 16, 32, 64 or 128, by the pairs an expert gets on average.
+    """Rows of a block that suit this many pairs: 16 to 128 (256 for packed 16-bit weights), by the pairs an expert gets.
 
     w: the weight that will be multiplied; packed weights have thresholds of their own (``tuning.py``).
 
@@ -67,7 +67,7 @@ def block_size(
     if torch.device(device).type == "cpu":
         return 16
     if isinstance(w, PackedWeight):
-        return block_pairs(num_pairs, num_experts, w.format is not None and w.format.scale == "e4m3")
+        return block_pairs(num_pairs, num_experts, w.format is None)
     for rows, limit in ((16, 8), (32, 32), (64, 128)):
         if num_pairs <= limit * num_experts:
             return rows

@@ -6,7 +6,9 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   hold less (``levels``). Up to r = 10 a block is 16 pairs, and the time is that of streaming and decoding the weights.
 - Few programs (a small matrix, one token) do not fill the device: the K loop is then split among several (``best_split``).
 - From r = 48 on blocks of 128 pairs make the tensor cores the limit. Two programs must fit a multiprocessor, so that one
-  decodes while the other multiplies: three stages of E2M1 codes fit twice, of larger codes and scales only two.
+  decodes while the other multiplies, and steps of 64 columns make room for four stages (five of E2M1 codes). Plain weights
+  go to the tensor cores as they are: there fewer bytes from the second-level cache count, so from r = 96 on one program
+  takes 256 pairs.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together.
 
 The thresholds were measured on an NVIDIA H200 (torch 2.11, Triton 3.6, November 2026; docs/performance.md) on shapes from
@@ -26,7 +28,7 @@ SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likew
 class Config:
     """One launch: a program computes ``rows`` weight rows times up to ``pairs`` pairs of one expert.
 
-    step: columns a step of the K loop. split: programs that share the K loop of a tile. group: blocks of pairs that walk the
+    pairs: at most those of a block of the alignment, of which it may be a part. step: columns a step of the K loop. split: programs that share the K loop of a tile. group: blocks of pairs that walk the
     weight tiles together. levels: narrower loops (a half, a quarter of ``pairs``) for blocks with few pairs. mask: do not
     load rows of x that are not there. evict: eviction policy of weight loads. maxnreg: registers a thread, 0 for the
     compiler's choice. pdl: start before the kernel in front has ended (NVIDIA, sm_90 and up).
@@ -68,21 +70,18 @@ class Problem:
         return self.n * self.k * {"e2m1": 0.5, "": 2.0}.get(self.element, 1.0)
 
 
-def block_pairs(num_pairs: int, num_experts: int, nvfp4: bool = False) -> int:
-    """Pairs of a block of the alignment: 16, 32, 64 or 128.
-
-    NVFP4 stays at 64 for longer: three stages of its blocks of 128 do not fit a multiprocessor twice.
-    """
-    for block, limit in ((16, 10), (32, 24), (64, 80 if nvfp4 else 48)):
+def block_pairs(num_pairs: int, num_experts: int, plain: bool = False) -> int:
+    """Pairs of a block of the alignment: 16, 32, 64, 128, or 256 where the weights are plain."""
+    for block, limit in ((16, 10), (32, 24), (64, 48), (128, 96)):
         if num_pairs <= limit * num_experts:
             return block
-    return 128
+    return 256 if plain else 128
 
 
 def shared_bytes(c: Config, p: Problem) -> int:
     """Shared memory of a program: activations in every stage; codes and scales, which go on to registers, in one fewer."""
     codes = {"e2m1": 0.5, "": 2.0}.get(p.element, 1.0) * c.rows * c.step
-    scales = 0 if p.element == "" else c.rows * c.step // p.block
+    scales = 0 if p.element == "" else c.rows * max(4, c.step // p.block)
     return 2 * c.pairs * c.step * c.stages + int(codes + scales) * (c.stages if p.element == "" else c.stages - 1)
 
 
@@ -145,10 +144,11 @@ def _preferred(p: Problem, pairs: int, units: int) -> Config:
     if pairs <= 64:
         levels = 2 if pairs == 32 or each < 48 else 3
         return Config(pairs, rows, step, 4, 4 if plain else 3, levels=levels, maxnreg=0 if plain else 168)
-    small = p.element == "e2m1" and p.block == 32  # three stages fit twice
-    config = Config(pairs, rows, step, 4, 3 if small or plain else 2, levels=3)
-    if p.expert_bytes > 24e6 and each >= 256:
-        config = replace(config, group=8)
-        if not small and not plain and each >= 2048 and p.n >= 256:
-            config = replace(config, rows=256, warps=8, stages=3, mask=False)
-    return config
+    if plain and pairs == 256:
+        if p.k <= 1024 and p.n >= 256:
+            return Config(128, 256, 64, 8, 4, group=8, levels=3, mask=False)
+        return Config(256, rows, 64, 8, 4, levels=3)
+    if plain:
+        return Config(pairs, rows, 64, 4, 3, levels=3)
+    config = Config(min(pairs, 128), rows, 64, 4, 5 if p.element == "e2m1" else 4, levels=3)
+    return replace(config, group=8) if p.expert_bytes > 24e6 and each >= 256 else config

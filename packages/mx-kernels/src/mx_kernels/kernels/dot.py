@@ -17,17 +17,20 @@ from .numerics import (
     decode_e5m2,
     decode_e5m3,
     decode_e8m0,
+    decode_e8m0_word,
     plain_e2m1,
     plain_e4m3,
     plain_e5m2,
     plain_e5m3,
     plain_e8m0,
+    plain_e8m0_word,
 )
 
 
 @triton.jit
 def weight_tile(w, s, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
-    """Decode words [T, S, 128] and scales [N, BK / BLOCK] to bf16 (PTX) or float32 [N, BK]."""
+    """Decode words [T, S, 128] and scales, bytes [N, BK / BLOCK] or words [N] of two bytes, to bf16 (PTX) or float32 [N, BK]."""
+    WORDS: tl.constexpr = s.dtype == tl.int32
     if PTX:
         if KIND == "e2m1":
             v = decode_e2m1(w)
@@ -37,6 +40,8 @@ def weight_tile(w, s, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLO
             v = decode_e5m2(w)
         if BLOCK == 16:
             scale = decode_e5m3(s)
+        elif WORDS:
+            scale = decode_e8m0_word(s)
         else:
             scale = decode_e8m0(s)
     else:
@@ -51,6 +56,8 @@ def weight_tile(w, s, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLO
             FOLD: tl.constexpr = 112
         if BLOCK == 16:
             scale = plain_e5m3(s)
+        elif WORDS:
+            scale = plain_e8m0_word(s, FOLD)
         else:
             scale = plain_e8m0(s, FOLD)
     return v * scale[:, :, None].broadcast_to(N, BK // BLOCK, BLOCK).reshape(N, BK)
@@ -98,7 +105,14 @@ def packed_dot(
     else:
         part = tl.arange(0, TILES)[:, None, None] * w_step
         w_offset = part + strip[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
-        s_offset = scale_row[:, None] * (BK // BLOCK) + tl.arange(0, BK // BLOCK)[None, :]
+        # Steps of 64 columns take half of the bytes of 128: of MXFP's four a row two, and a copy is of four at least.
+        WORDS: tl.constexpr = BK == 64 and BLOCK == 32
+        if WORDS:
+            s = s.to(tl.pointer_type(tl.int32))
+            s_step = s_step // 4
+            s_offset = scale_row
+        else:
+            s_offset = scale_row[:, None] * (128 // BLOCK) + tl.arange(0, BK // BLOCK)[None, :]
     x_offset = x_offset[:, None] + column[None, :]
     tl.assume(steps > 0)
     step = first
@@ -110,7 +124,18 @@ def packed_dot(
             v = tl.load(w + (k0 + w_offset), eviction_policy=EVICT)
         else:
             codes = tl.load(w + (k0 // UNIT * w_step + w_offset), eviction_policy=EVICT)
-            scales = tl.load(s + (step * s_step + s_offset), eviction_policy=EVICT)
+            at = step * s_step
+            second = 0
+            if BK == 64:
+                second = step % 2
+                if TAIL == 1:
+                    second |= (k0 == k - BK).to(tl.int32)  # what the last 128 columns repeat are the first of them
+                at = step // 2 * s_step
+            if BLOCK == 16:
+                at += second * (64 // BLOCK)
+            scales = tl.load(s + (at + s_offset), eviction_policy=EVICT)
+            if WORDS:
+                scales = scales >> (16 * second)
             v = weight_tile(codes, scales, N, BK, KIND, BLOCK, PTX)
         for piece in tl.static_range(PIECES):
             p = x + piece * piece_stride + (k0 + x_offset)

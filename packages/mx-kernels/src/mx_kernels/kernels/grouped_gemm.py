@@ -125,13 +125,16 @@ def _grouped_gemm_packed_kernel(
     x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,
     experts, n, k, strips, rows, w_expert, w_step, s_expert, s_step, x_stride, piece_stride, pairs, blocks,
     act_alpha, act_beta, act_limit,
-    BM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, ROUTE: tl.constexpr,
-    SPLIT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr, TAIL: tl.constexpr, CLAMP: tl.constexpr,
+    BM: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    ROUTE: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr, TAIL: tl.constexpr, CLAMP: tl.constexpr,
     MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WIDE: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; partial [blocks * tiles, SPLIT, BM, N], counter [blocks * tiles]."""
+    """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; partial [blocks * tiles, SPLIT, BM, N], counter [blocks * tiles].
+
+    A block is one of PARTS parts of a block of the alignment.
+    """
     pid = tl.program_id(0)
     tiles = tl.cdiv(strips * 16, N)
     if PDL:
@@ -144,26 +147,25 @@ def _grouped_gemm_packed_kernel(
         if SPLIT > 1:
             split = block % SPLIT
             block = block // SPLIT
-        if ROUTE == SORTED:  # noqa: SIM102 (``and`` would load where there is nothing to load)
-            if block * BM >= tl.load(num_padded):
-                return
     else:  # GROUP blocks share the weight tiles that they read from the second-level cache
-        if ROUTE == SORTED:
-            blocks = tl.load(num_padded) // BM
-        if pid >= blocks * tiles:
-            return
         first = pid // (GROUP * tiles) * GROUP
         size = tl.minimum(blocks - first, GROUP)
         block = first + pid % (GROUP * tiles) % size
         tile = pid % (GROUP * tiles) // size
     column = tl.arange(0, BM)
     if ROUTE == DENSE:
+        e = 0
         pair = _pairs(sorted_ids, block * BM, pairs, BM, ROUTE)
         count = tl.minimum(pairs - block * BM, BM)
     elif ROUTE == SORTED:
-        e = tl.load(expert_ids + block)
+        used = tl.load(num_padded)  # the three loads do not wait for each other
+        e = tl.load(expert_ids + block // PARTS)
         pair = _pairs(sorted_ids, block * BM, pairs, BM, ROUTE)
+        if block * BM >= used:
+            return
         count = tl.sum((pair < pairs).to(tl.int32), 0)  # padding follows the pairs
+        if PARTS > 1 and count == 0:
+            return
     elif ROUTE == PAIR:
         e = tl.load(expert_ids + block)
         pair = tl.where(column == 0, block, pairs)
@@ -372,14 +374,13 @@ def _plan(
     kind = "" if f is None else ("e4m3" if f.element.bits == 6 else f.element.name)
     experts = w_shape[0]
     if route == DENSE.value:
-        block = 16 if num_pairs <= 32 else 64 if num_pairs <= 2048 else 128
-        blocks = -(-num_pairs // block)
+        block = 16 if num_pairs <= 32 else 64 if num_pairs <= 2048 else 128 if kind else 256
     elif route == SELF.value:
         block = 16
         if tokens == 1 or num_pairs > 64:  # a token's experts differ; many pairs over even more experts mostly do
             route = PAIR.value
-    if not 16 <= block <= 128:
-        raise ValueError(f"the alignment has blocks of {block} pairs, packed weights need 16, 32, 64 or 128")
+    if not 16 <= block <= 256:
+        raise ValueError(f"the alignment has blocks of {block} pairs, packed weights need 16, 32, 64, 128 or 256")
     if n * k >= 2**31:
         raise ValueError(f"the weight has {n} x {k} elements a matrix, 32-bit offsets reach 2^31: split its rows")
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None  # meta: to compile without a device
@@ -395,6 +396,8 @@ def _plan(
     units, shared, dependent = _facts(device)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
     c = config or choose_config(problem, block, units, shared)
+    parts = block // c.pairs if route == SORTED.value else 1
+    blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
     pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
     tiles = -(-strips * 16 // c.rows)
     count = shape[0] if len(shape) == 3 else 1
@@ -410,7 +413,8 @@ def _plan(
     )
     constants = (
         *(
-            block,
+            c.pairs,
+            parts,
             c.rows,
             c.step,
             kind,
@@ -426,7 +430,7 @@ def _plan(
         *(count, c.evict, w_gated, w_layout == "interleaved", act, limit != math.inf, not no_alpha, bias is not None),
         *(not no_weight, largest >= 2**31, top_k, pdl, ptx, INTERPRET),
     )
-    partial = blocks * tiles * c.split * block * c.rows if c.split > 1 else 0
+    partial = blocks * tiles * c.split * c.pairs * c.rows if c.split > 1 else 0
     return _Plan(sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles)
 
 

@@ -120,6 +120,26 @@ def decode_e8m0(s):  # uint8 [N, B] -> bf16 [N, B], 2^(s - 127); 0 is 0
 
 
 @triton.jit
+def decode_e8m0_word(s):  # int32 [N], two bytes each -> bf16 [N, 2], 2^(s - 127); 0 is 0
+    low, high = tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t;
+        prmt.b32 t, $2, 0, 0x5140;
+        shl.b32 t, t, 7;
+        mov.b32 {$0, $1}, t;
+        }
+        """,
+        "=h,=h,r",
+        [s],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+    return tl.join(low, high)
+
+
+@triton.jit
 def decode_e5m3(s):  # uint8 [N, B] -> bf16 [N, B], NVFP4's scales * 2^119
     """With a code times 2^-126 the product is the weight times 2^-7, without the global scale."""
     return tl.inline_asm_elementwise(
@@ -209,6 +229,11 @@ def _float8_value(x, M: tl.constexpr):  # uint32 codes of an 8-bit float with M 
 def plain_e8m0(s, FOLD: tl.constexpr):  # uint8 [N, B] -> float32, 2^(s - FOLD - 127); 0 below that range
     e = tl.maximum(s.to(tl.int32) - FOLD, 0)
     return (e << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def plain_e8m0_word(s, FOLD: tl.constexpr):  # int32 [N], two bytes each -> float32 [N, 2], likewise
+    return plain_e8m0(tl.join(s & 0xFF, (s >> 8) & 0xFF), FOLD)
 
 
 @triton.jit

@@ -78,9 +78,12 @@ def decode_fragments(p: mk.PackedWeight) -> torch.Tensor:
         v = rows  # e, tile, strip, g, c, step, k half, row half, parity
         out = v.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(experts, strips * 16, tiles * 64)
     else:
-        mask, shift = (0x07F007F0, 4) if p.element == "e4m3" else (0x0FE00FE0, 3)
-        low = (words << 8) & 0xFFFFFFFF
-        regs = [(x & 0x80008000) | ((x >> shift) & mask) for x in (words, low)]
+        if p.element == "e4m3":
+            turned = (words >> 4) | (words << 28)
+            regs = [words & 0x87F087F0, (turned & 0x87808780) | ((words << 4) & 0x00700070)]
+        else:
+            low = (words << 8) & 0xFFFFFFFF
+            regs = [(x & 0x80008000) | ((x >> 3) & 0x0FE00FE0) for x in (words, low)]
         v = torch.stack((pair(regs[0]), pair(regs[1])), -2)  # e, tile, strip, g, c, (step, k half), row half, parity
         v = v.unflatten(5, (2, 2))
         out = v.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(experts, strips * 16, tiles * 32)

@@ -47,19 +47,17 @@ def decode_e2m1(w):  # int32 [T, S, 128] -> bf16 [16 S, 64 T], values * 2^-126
 
 @triton.jit
 def decode_e4m3(w):  # int32 [T, S, 128] -> bf16 [16 S, 32 T], values * 2^-120
-    """Seven integer operations for four codes."""
+    """Five integer operations for four codes."""
     a, b, c, d = tl.inline_asm_elementwise(
         """
         {
         .reg .b32 t, u, v;
-        shr.b32 t, $4, 4;
-        and.b32 t, t, 0x07F007F0;
-        lop3.b32 v, $4, 0x80008000, t, 0xEA;
+        and.b32 v, $4, 0x87F087F0;
         mov.b32 {$0, $1}, v;
-        shl.b32 u, $4, 8;
-        shl.b32 t, $4, 4;
-        and.b32 t, t, 0x07F007F0;
-        lop3.b32 v, u, 0x80008000, t, 0xEA;
+        shf.r.wrap.b32 t, $4, $4, 4;
+        shl.b32 u, $4, 4;
+        and.b32 u, u, 0x00700070;
+        lop3.b32 v, t, 0x87808780, u, 0xEA;
         mov.b32 {$2, $3}, v;
         }
         """,
@@ -198,12 +196,31 @@ def _e2m1_value(x):  # sign at bit 15, code at bits 8-6
 
 @triton.jit
 def plain_e4m3(w):  # int32 [T, S, 128] -> float32 [16 S, 32 T]
-    return _plain_bytes(w, 3)
+    return _plain_bytes(gathered_e4m3(w), 3)
 
 
 @triton.jit
 def plain_e5m2(w):  # int32 [T, S, 128] -> float32 [16 S, 32 T]
     return _plain_bytes(w, 2)
+
+
+@triton.jit
+def _rotated(x, BY: tl.constexpr):  # to the left
+    u = x.to(tl.uint32, bitcast=True)
+    return ((u << BY) | (u >> (32 - BY))).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def spread_e4m3(w):
+    """``packing._spread_e4m3``: words of four codes, a byte each -> bits where ``decode_e4m3`` wants them."""
+    return (w & -0x7FF87FF9) | ((w >> 4) & 0x07F007F0) | ((w << 8) & 0x78007800) | (_rotated(w, 12) & 0x00080008)
+
+
+@triton.jit
+def gathered_e4m3(w):
+    """The inverse of ``spread_e4m3``."""
+    byte = (w & -0x7FF87FF9) | ((w & 0x07F007F0) << 4) | ((w & 0x78007800) >> 8)
+    return byte | _rotated(w & 0x00080008, 20)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..formats import Format
 from .launch import launch
+from .numerics import gathered_e4m3, spread_e4m3
 
 ORDER = {(False, "concatenated"): 0, (False, "interleaved"): 0, (True, "concatenated"): 1, (True, "interleaved"): 2}
 """(gated, layout) -> how packed rows follow from the weight's: 0 in order, 1 gates then ups, 2 gate and up in turn."""
@@ -198,6 +199,8 @@ def _pack_codes_kernel(
         word = word.permute(2, 0, 1, 4, 3)
     else:
         word = word.permute(2, 0, 1, 5, 3, 4)
+        if ELEMENT != "e5m2":
+            word = spread_e4m3(word)
     tile = t0 + tl.arange(0, T)
     at = tl.program_id(1) * (128 * S) + tl.arange(0, 128 * S)
     out += (expert * tiles + tile)[:, None] * (strips * 128) + at[None, :]
@@ -336,6 +339,8 @@ def _unpack_codes_kernel(
     if ELEMENT == "e2m1":
         a, b = _part_e2m1(word.reshape(T, S, 8, 4, 4).permute(1, 2, 0, 4, 3), S, T)
     else:
+        if ELEMENT != "e5m2":
+            word = gathered_e4m3(word)
         word = word.reshape(T, S, 8, 4, 2, 2).permute(1, 2, 0, 4, 5, 3)
         a = (word >> 8) & 0xFF00FF
         b = word & 0xFF00FF

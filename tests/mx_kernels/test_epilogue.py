@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mx_kernels import MXFP8, Activation, Epilogue, ScaleRule
+from mx_kernels import MXFP8, NVFP4, Activation, Epilogue, ScaleRule
 from mx_kernels.epilogue import KINDS, LAYOUTS
 
 SILU = Activation("silu")
@@ -58,3 +58,13 @@ def test_epilogue_is_data():
     assert e.activation is SILU
     with pytest.raises(AttributeError):
         e.rule = None
+
+
+def test_rounding_is_one_of_two_and_needs_no_global_scale():
+    assert Epilogue(round_to=MXFP8, rule=ScaleRule.FLOOR).round_to is MXFP8
+    with pytest.raises(ValueError, match="codes or values"):
+        Epilogue(requantize_to=MXFP8, round_to=MXFP8)
+    with pytest.raises(ValueError, match="round it with quantize_dequantize"):
+        Epilogue(round_to=NVFP4)
+    with pytest.raises(TypeError, match="round_to is a str"):
+        Epilogue(round_to="mxfp8")

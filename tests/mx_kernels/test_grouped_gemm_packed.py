@@ -84,6 +84,27 @@ def test_plain_weights(dtype):
     assert torch.equal(got, mk.grouped_gemm(x, w, tiles, top_k=2, epilogue=epilogue))
 
 
+@pytest.mark.parametrize("rule", [None, "floor", "search"])
+def test_rounded(rule):
+    """Values instead of codes, from canonical and from packed weights, in grouped products and in linear layers."""
+    x, w, ids, epilogue = problem(mk.MXFP4, (3, 128, 96), 5, 2, OAI)
+    tiles = mk.moe_align_block_size(ids, 16, 3)
+    p = mk.pack(w, gated=True, layout=OAI.layout)
+    rule = None if rule is None else mk.ScaleRule(rule)
+    want = mk.grouped_gemm(x, w, tiles, top_k=2, epilogue=epilogue, out_dtype=torch.float32)
+    want = mk.quantize_dequantize(want, mk.MXFP8, rule=rule).bfloat16()
+    rounded = replace(epilogue, round_to=mk.MXFP8, rule=rule)
+    for weight in (w, p):
+        got = mk.grouped_gemm(x, weight, tiles, top_k=2, epilogue=rounded, out_dtype=torch.bfloat16)
+        assert torch.equal(got, want)
+    one = mk.QuantizedTensor(w.data[0], w.scale[0], w.format, w.rule)
+    linear = mk.Epilogue(activation=OAI, round_to=mk.MXFP8, rule=rule)
+    want = mk.gemm(x, one, epilogue=mk.Epilogue(activation=OAI), out_dtype=torch.float32)
+    want = mk.quantize_dequantize(want, mk.MXFP8, rule=rule).bfloat16()
+    for weight in (one, mk.pack(one, gated=True, layout=OAI.layout)):
+        assert torch.equal(mk.gemm(x, weight, epilogue=linear), want)
+
+
 def test_linear_and_requantized():
     w = mk.quantize(torch.randn(64, 96), mk.MXFP4)
     x = torch.randn(2, 5, 96).bfloat16()
@@ -209,6 +230,22 @@ def check_linear(f, shape, rows, *, device):
     assert (y - want).norm() / want.norm() < 1e-5
 
 
+def check_rounded(f, act, tokens, config=None, *, device, block=16):
+    """The rounded result is what ``quantize_dequantize`` makes of the result, for formats and rules of all kinds."""
+    x, w, ids, epilogue = problem(f, (4, 128, 128), tokens, 2, act, device)
+    p = mk.pack(w, gated=act is not None and act.gated, layout=act.layout if act else "concatenated")
+    if tokens * 2 <= 64:
+        tiles = mk.Alignment(ids, 4, 16, None, ids.flatten(), ids.flatten()[:0])
+    else:
+        tiles = mk.Alignment(ids, 4, block, *reference.moe.aligned(ids, block, 4, None))
+    y = launch(x, p, tiles, 2, epilogue, torch.float32, config)
+    kept = ids.flatten() >= 0
+    for to, rule in ((mk.MXFP8, None), (mk.MXFP8_E5M2, "floor"), (mk.MXFP6_E3M2, "ceil"), (mk.MXFP4, "even")):
+        rounded = replace(epilogue, round_to=to, rule=None if rule is None else mk.ScaleRule(rule))
+        got = launch(x, p, tiles, 2, rounded, torch.float32, config)
+        assert torch.equal(got[kept], reference.quantize_dequantize(y[kept], to, rule=rule))
+
+
 INTERPRETED = """
 import torch, test_grouped_gemm_packed as t, mx_kernels as mk
 from mx_kernels.tuning import Config
@@ -228,6 +265,8 @@ t.check(mk.MXFP4, (3, 160, 256), 60, 2, t.OAI, Config(32, 64, 64, 4, 3, levels=2
 for rows in (1, 33, 70):
     t.check_linear(mk.MXFP4, (80, 192), rows, device="cpu")
 t.check_linear(mk.NVFP4, (80, 192), 33, device="cpu")
+t.check_rounded(mk.MXFP4, t.OAI, 3, device="cpu")
+t.check_rounded(mk.MXFP8, None, 40, Config(64, 64, 64, 4, 3), device="cpu", block=64)
 print("right")
 """
 
@@ -317,6 +356,14 @@ def test_plain_weights_on_the_gpu(dtype):
         got = mk.grouped_gemm(x, mk.pack(w, gated=True), tiles, top_k=2, epilogue=epilogue, out_dtype=torch.float32)
         want = exact(x, w, ids, 2, epilogue)
         assert (got - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", [SILU, OAI, None], ids=lambda a: a.layout if a else "none")
+@pytest.mark.parametrize("f", [mk.MXFP4, mk.MXFP8], ids=str)
+def test_rounded_results_on_the_gpu(f, act):
+    for tokens, config in ((3, None), (40, None), (300, Config(64, 128, 128, 4, 3)), (900, Config(128, 128, 64, 4, 4, levels=3))):
+        check_rounded(f, act, tokens, config, device="cuda", block=16 if config is None else config.pairs)
 
 
 @pytest.mark.gpu

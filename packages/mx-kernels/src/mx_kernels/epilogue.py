@@ -76,9 +76,10 @@ class Epilogue:
     """Applied to the float32 accumulator in this order: bias, activation, row weight, then a cast or a requantization.
 
     bias: [N] (``gemm``) or [E, N] (``grouped_gemm``), any float dtype, N before the activation.
-    row_weight: float32, one per output row. requantize_to: the result is a QuantizedTensor of that format
-    (``rule`` None: the format's default); the activation's output width must be a multiple of its block.
-    TypeError for an activation or a format of another type.
+    row_weight: float32, one per output row. requantize_to: the result is a QuantizedTensor of that format; round_to: it is a
+    plain tensor of the values that such a one would have (``rule`` None: the format's default). The output's width must be a
+    multiple of the format's block. TypeError for an activation or a format of another type; ValueError for both at once,
+    and for round_to a format with a global scale, which is known only when the whole result is.
     """
 
     bias: Tensor | None = None
@@ -86,10 +87,19 @@ class Epilogue:
     row_weight: Tensor | None = None
     requantize_to: Format | None = None
     rule: ScaleRule | None = None
+    round_to: Format | None = None
 
     def __post_init__(self) -> None:
         a, f = self.activation, self.requantize_to
         if a is not None and not isinstance(a, Activation):
             raise TypeError(f'activation is a {type(a).__name__}, needs an Activation: Activation("silu") is one')
-        if f is not None and not isinstance(f, Format):
-            raise TypeError(f"requantize_to is a {type(f).__name__}, needs a Format: get_format(name) finds one")
+        for name, value in (("requantize_to", f), ("round_to", self.round_to)):
+            if value is not None and not isinstance(value, Format):
+                raise TypeError(f"{name} is a {type(value).__name__}, needs a Format: get_format(name) finds one")
+        if self.round_to is not None:
+            if f is not None:
+                raise ValueError(f"requantize_to is {f} and round_to {self.round_to}: one of them, codes or values")
+            if self.round_to.has_global_scale:
+                raise ValueError(
+                    f"round_to is {self.round_to}, whose global scale needs the whole result: round it with quantize_dequantize"
+                )

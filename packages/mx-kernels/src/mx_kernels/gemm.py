@@ -34,7 +34,7 @@ from .dispatch import (
 )
 from .epilogue import Epilogue
 from .formats import Format, get_format
-from .packed_gemm import packed_product
+from .packed_gemm import packed_product, rounds_itself
 from .packing import PackedWeight
 from .quantize import dequantize, quantize
 from .tensor import QuantizedTensor
@@ -147,7 +147,7 @@ def check_product(x: Operand, w: Operand | PackedWeight) -> None:
 def check_epilogue(epilogue: Epilogue, bias_shape: tuple[int, ...], rows: int, device: torch.device) -> Tensor | None:
     """The row weights as [rows], after every check of the epilogue (ValueError, TypeError)."""
     check_type(epilogue, Epilogue, "epilogue", "leave it out for none")
-    bias, weight, f = epilogue.bias, epilogue.row_weight, epilogue.requantize_to
+    bias, weight, f = epilogue.bias, epilogue.row_weight, epilogue.requantize_to or epilogue.round_to
     n = bias_shape[-1]
     width = n if epilogue.activation is None else epilogue.activation.out_features(n)
     if bias is not None:
@@ -167,7 +167,7 @@ def check_epilogue(epilogue: Epilogue, bias_shape: tuple[int, ...], rows: int, d
     if f is None:
         if epilogue.rule is not None:
             raise ValueError(
-                f"rule is {epilogue.rule!r} without requantize_to: a scale rule needs a format, name it or leave the rule out"
+                f"rule is {epilogue.rule!r} without requantize_to or round_to: a scale rule needs a format, name it or leave it out"
             )
     else:
         f.check_k(width, "the output's width")
@@ -180,6 +180,11 @@ def output_dtype(x: Operand, out_dtype: torch.dtype | None) -> torch.dtype:
     dtype = out_dtype or x.dtype
     check_out_dtype(dtype)
     return dtype
+
+
+def stored(q: QuantizedTensor, epilogue: Epilogue) -> Tensor | QuantizedTensor:
+    """A requantized result, or its values where the epilogue wants those."""
+    return dequantize(q, q.dtype) if epilogue.round_to is not None else q
 
 
 def fused_format(f: Format | None) -> str:
@@ -198,8 +203,8 @@ def gemm(
 
     x: float32, bf16, fp16, or quantized. w: the same, two-dimensional. Any mix; quantized operands are decoded exactly.
     A ``PackedWeight`` (of ``pack``) gives the same values, faster where its layout suits the device.
-    epilogue: bias [N], activation, row_weight (one per row of x), requantize_to. out_dtype: of the result (of what the
-    quantized result stands for), by default x's. N_out is N, or N/2 after a gated activation.
+    epilogue: bias [N], activation, row_weight (one per row of x), requantize_to or round_to. out_dtype: of the result (of what
+    the quantized result stands for), by default x's. N_out is N, or N/2 after a gated activation.
 
     Raises ValueError for shapes, strides, devices and a requantized width off the block; TypeError for dtypes.
     """
@@ -213,13 +218,13 @@ def gemm(
     lead = x.shape[:-1]
     rows, n = lead.numel(), w.shape[0]
     row_weight = check_epilogue(epilogue, (n,), rows, x.device)
-    f, rule = epilogue.requantize_to, epilogue.rule
+    f, rule = epilogue.requantize_to or epilogue.round_to, epilogue.rule
     if isinstance(w, PackedWeight):
         flat = x.reshape(rows, x.shape[-1]) if isinstance(x, Tensor) else dequantize(x, torch.float32).flatten(0, -2)
-        held = dtype if f is None else torch.float32
-        y = packed_product(flat, w, None, 1, epilogue, row_weight, held)
+        whole = f is None or rounds_itself(epilogue)
+        y = packed_product(flat, w, None, 1, epilogue, row_weight, dtype if whole else torch.float32)
         y = y.view(*lead, y.shape[-1])
-        return y if f is None else replace(quantize(y, f, rule=rule), dtype=dtype)
+        return y if whole or f is None else stored(replace(quantize(y, f, rule=rule), dtype=dtype), epilogue)
     fused = fused_format(f)
     data, scale, x_global, x_format = flat_operand(x)
     data = data.reshape(rows, data.shape[-1])
@@ -244,4 +249,4 @@ def gemm(
         return out
     if not fused:
         return replace(quantize(out, f, rule=rule), dtype=dtype)
-    return requantized(out, out_scale.view(*lead, out_scale.shape[-1]), fused, rule, dtype)
+    return stored(requantized(out, out_scale.view(*lead, out_scale.shape[-1]), fused, rule, dtype), epilogue)

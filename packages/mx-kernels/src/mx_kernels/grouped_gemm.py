@@ -37,9 +37,10 @@ from .gemm import (
     flat_result,
     fused_format,
     output_dtype,
+    stored,
     whole_epilogue,
 )
-from .packed_gemm import packed_product
+from .packed_gemm import packed_product, rounds_itself
 from .packing import PackedWeight
 from .quantize import dequantize, quantize
 from .reference.moe import local_experts
@@ -152,7 +153,7 @@ def grouped_gemm(
     x already holds one row a pair. w: the same kinds, one matrix per expert. Any mix; quantized operands are decoded exactly.
     A ``PackedWeight`` (of ``pack``) gives the same values, faster where its layout suits the device.
     tiles: of ``moe_align_block_size``, with E experts and P = M * top_k pairs. epilogue: bias [E, N], activation, row_weight
-    (P values, float32), requantize_to. out_dtype: of the result, by default x's. N_out is N, or N/2 after a gated activation.
+    (P values, float32), requantize_to or round_to. out_dtype: of the result, by default x's. N_out is N, or N/2 after a gated activation.
 
     Row p of the result belongs to pair p. Rows of dropped pairs are zero on the CPU and anything on an accelerator: read none
     (``combine`` does not). On the CPU only the experts that a pair goes to are decoded.
@@ -180,10 +181,11 @@ def grouped_gemm(
         )
     dtype = output_dtype(x, out_dtype)
     row_weight = check_epilogue(epilogue, (num_experts, n), pairs, x.device)
-    f, rule = epilogue.requantize_to, epilogue.rule
+    f, rule = epilogue.requantize_to or epilogue.round_to, epilogue.rule
     if isinstance(w, PackedWeight):
-        y = packed_product(x, w, tiles, top_k, epilogue, row_weight, dtype if f is None else torch.float32)
-        return y if f is None else _requantized(y, tiles, f, rule, dtype)
+        whole = f is None or rounds_itself(epilogue)
+        y = packed_product(x, w, tiles, top_k, epilogue, row_weight, dtype if whole else torch.float32)
+        return y if whole or f is None else stored(_requantized(y, tiles, f, rule, dtype), epilogue)
     fused = fused_format(f)
     args = (
         *flat_operand(x),
@@ -204,7 +206,7 @@ def grouped_gemm(
     if f is None:
         return out
     if fused:
-        return requantized(out, scale, fused, rule, dtype)
+        return stored(requantized(out, scale, fused, rule, dtype), epilogue)
     return _requantized(out, tiles, f, rule, dtype)
 
 

@@ -15,7 +15,7 @@ from . import reference
 from .alignment import Alignment
 from .dispatch import check_float, check_last_stride, direct, flat_activation, has_triton, kernels, whole_activation
 from .epilogue import Epilogue
-from .formats import get_format
+from .formats import ScaleRule, get_format
 from .packing import PackedWeight
 from .quantize import dequantize
 from .tensor import QuantizedTensor
@@ -24,7 +24,7 @@ _SCHEMA = (
     "(Tensor x, Tensor w, Tensor? w_scale, Tensor? w_alpha, Tensor? w_shift, Tensor? w_global, str w_format, int n, int k, "
     "bool w_gated, str w_layout, Tensor? sorted_ids, Tensor? expert_ids, Tensor? num_padded, int block_size, int num_pairs, "
     "int tokens, int top_k, Tensor? bias, str act, bool gated, float alpha, float beta, float limit, Tensor? row_weight, "
-    "ScalarType out_dtype) -> Tensor"
+    "str round_to, str rule, ScalarType out_dtype) -> Tensor"
 )
 
 
@@ -54,6 +54,8 @@ def _grouped_gemm_packed(
     beta: float,
     limit: float,
     row_weight: Tensor | None,
+    round_to: str,
+    rule: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """x [M, K] -> [num_pairs, N_out]. Without ``expert_ids`` the one weight serves all rows (a linear layer)."""
@@ -71,7 +73,13 @@ def _grouped_gemm_packed(
         packed.unpack(),
         Alignment(ids, w.shape[0], block_size, sorted_ids, expert_ids, num_padded),
         top_k=top_k,
-        epilogue=Epilogue(bias, whole_activation(act, w_layout, gated, alpha, beta, limit), row_weight),
+        epilogue=Epilogue(
+            bias,
+            whole_activation(act, w_layout, gated, alpha, beta, limit),
+            row_weight,
+            rule=ScaleRule(rule) if rule else None,
+            round_to=get_format(round_to) if round_to else None,
+        ),
         out_dtype=out_dtype,
     )
     assert isinstance(out, Tensor)
@@ -93,7 +101,7 @@ def _(x: Tensor, *args: object) -> Tensor:
 
 @grouped_gemm_packed_op.register_fake
 def _(x: Tensor, *args: object) -> Tensor:
-    n, num_pairs, gated, out_dtype = args[6], args[14], args[19], args[24]
+    n, num_pairs, gated, out_dtype = args[6], args[14], args[19], args[26]
     assert isinstance(n, int)
     assert isinstance(num_pairs, int)
     assert isinstance(out_dtype, torch.dtype)
@@ -105,7 +113,7 @@ def packed_product(
     w: PackedWeight,
     tiles: Alignment | None,  # None: one weight for all rows
     top_k: int,
-    epilogue: Epilogue,  # without requantize_to
+    epilogue: Epilogue,  # requantize_to is left to the caller, and round_to unless it ``rounds_itself``
     row_weight: Tensor | None,  # float32 [P]
     out_dtype: torch.dtype,
 ) -> Tensor:  # [P, N_out]
@@ -114,6 +122,12 @@ def packed_product(
     run = kernels("grouped_gemm").grouped_gemm_packed if direct(args[0], w.data, row_weight) else grouped_gemm_packed_op
     out: Tensor = run(*args)
     return out
+
+
+def rounds_itself(epilogue: Epilogue) -> bool:
+    """Whether the product rounds its result to ``round_to`` (every rule but a search, which tries two scales)."""
+    f = epilogue.round_to
+    return f is not None and f.check_rule(epilogue.rule) is not ScaleRule.SEARCH
 
 
 def flat_product(
@@ -146,6 +160,8 @@ def flat_product(
     if w.format is None and w.dtype == torch.float16 and x.dtype != torch.float16:
         raise TypeError(f"w is packed float16 and x is {x.dtype}: cast x to float16, or pack w as bfloat16")
     act, _, gated, alpha, beta, limit = flat_activation(a)
+    f = epilogue.round_to if rounds_itself(epilogue) else None
+    rounded = ("", "") if f is None else (f.name, f.check_rule(epilogue.rule).value)
     routed = (None, None, None, 16, x.shape[0], x.shape[0])
     if tiles is not None:
         routed = (  # type: ignore[assignment]
@@ -156,5 +172,5 @@ def flat_product(
         *(x, w.data, w.scale, w.alpha, w.shift, w.global_scale, "" if w.format is None else w.format.name),
         *(w.shape[-2], w.shape[-1], w.gated, w.layout),
         *routed,
-        *(top_k, epilogue.bias, act, gated, alpha, beta, limit, row_weight, out_dtype),
+        *(top_k, epilogue.bias, act, gated, alpha, beta, limit, row_weight, *rounded, out_dtype),
     )

@@ -257,7 +257,7 @@ def grouped_gemm_rebased(
         raise ValueError(
             f"the re-based product fuses gated, concatenated {' or '.join(REBASED_ACTIVATIONS)}; got {act}"
         )
-    if epilogue.requantize_to is not None:
+    if epilogue.requantize_to is not None or epilogue.round_to is not None:
         raise ValueError("the re-based product does not requantize: call rebase_rows on its result")
     if tiles.sorted_ids is None or data.shape[0] != tiles.sorted_ids.shape[0] or data.shape[1] != w.shape[2]:
         slots = None if tiles.sorted_ids is None else tiles.sorted_ids.shape[0]

@@ -1,12 +1,14 @@
 """Epilogue of the packed GEMMs: what happens to a tile's float32 sums before and as they are stored.
 
-    o = row_weight * act(alpha * acc + bias);  y[pair, column] = o
+    o = row_weight * act(alpha * acc + bias);  y[pair, column] = o, or o rounded to an MX format
 
 Letters: N packed weight rows and M pairs of a tile. Gated rows come as [8 gates | 8 ups], so that one thread holds both.
 """
 
 import triton
 import triton.language as tl
+
+from .bits import e8m0_byte, e8m0_reciprocal, e8m0_value, larger, round_to
 
 
 @triton.jit
@@ -112,11 +114,20 @@ def _finish(
 
 
 @triton.jit
+def _rounded(o, ELEMENT: tl.constexpr, RULE: tl.constexpr):
+    """float32 [C, M], C a multiple of 32: each block of 32 along C quantized with its own scale and back."""
+    v = o.reshape(o.shape[0] // 32, 32, o.shape[1])
+    byte = e8m0_byte(tl.reduce(tl.abs(v), 1, larger).to(tl.int32, bitcast=True) & 0x7FFFFFFF, ELEMENT, RULE)
+    v = round_to(v * e8m0_reciprocal(byte)[:, None, :], ELEMENT) * e8m0_value(byte)[:, None, :]
+    return v.reshape(o.shape[0], o.shape[1])
+
+
+@triton.jit
 def store(
     acc, y, sorted_ids, bias, row_weight, first, pair, live, pairs, n, scale, row0, b0, b1, weight,
     act_alpha, act_beta, act_limit,
     N: tl.constexpr, M: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND: tl.constexpr, RULE: tl.constexpr, INTERLEAVED: tl.constexpr,
     EARLY: tl.constexpr, WIDE: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Epilogue and store; loads what ``_tile`` did not load before the K loop."""
@@ -135,6 +146,8 @@ def store(
         acc, scale, b0, b1, weight, act_alpha, act_beta, act_limit,
         N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
     )  # fmt: skip
+    if ROUND != "":
+        o = _rounded(o, ROUND, RULE)
     width = n // 2 if GATED and ACT != "" else n
     if WIDE:
         pair = pair.to(tl.int64)

@@ -45,8 +45,8 @@ def _tile(
     M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     TAIL: tl.constexpr, CLAMP: tl.constexpr, MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr, ROUTE: tl.constexpr,
-    PTX: tl.constexpr, INTERPRET: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr,
+    TOP_K: tl.constexpr, ROUTE: tl.constexpr, PTX: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """N weight rows times M pairs: K loop, reduction over splits, epilogue."""
     live = pair < pairs
@@ -96,7 +96,7 @@ def _tile(
         store(
             acc, y, sorted_ids, bias, row_weight, first, pair, live, pairs, n, scale, strip0 * 16, b0, b1, weight,
             act_alpha, act_beta, act_limit,
-            N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, INTERLEAVED, EARLY, WIDE, ROUTE == SORTED,
+            N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, INTERLEAVED, EARLY, WIDE, ROUTE == SORTED,
         )  # fmt: skip
 
 
@@ -129,7 +129,8 @@ def _grouped_gemm_packed_kernel(
     ROUTE: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr, TAIL: tl.constexpr, CLAMP: tl.constexpr,
     MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    WIDE: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr, INTERPRET: tl.constexpr,
+    ROUND: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; partial [blocks * tiles, SPLIT, BM, N], counter [blocks * tiles].
 
@@ -210,19 +211,19 @@ def _grouped_gemm_packed_kernel(
         _tile(
             *tensors, first, _pairs(sorted_ids, first, pairs, QUARTER, ROUTE), count, scale, *sizes,
             QUARTER, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
     elif LEVELS > 1 and count <= HALF:
         _tile(
             *tensors, first, _pairs(sorted_ids, first, pairs, HALF, ROUTE), count, scale, *sizes,
             HALF, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
     else:
         _tile(
             *tensors, first, pair, count, scale, *sizes,
             BM, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
         )  # fmt: skip
 
 
@@ -314,6 +315,8 @@ def grouped_gemm_packed(
     beta: float,
     limit: float,
     row_weight: Tensor | None,
+    round_to: str,
+    rule: str,
     out_dtype: torch.dtype,
     config: Config | None = None,
 ) -> Tensor:
@@ -340,7 +343,7 @@ def grouped_gemm_packed(
             block_size,
             num_pairs,
         ),
-        *(tokens, top_k, act, gated, alpha, beta, limit, out_dtype, x.device, config),
+        *(tokens, top_k, act, gated, alpha, beta, limit, round_to, rule, out_dtype, x.device, config),
         *(w_alpha is None, row_weight is None, None if bias is None else bias.dtype),
     )
     plan = _plans.get(key)
@@ -367,7 +370,7 @@ def grouped_gemm_packed(
 
 def _plan(
     shape, stride, w_shape, w_dtype, w_format, n, k, w_gated, w_layout, route, blocks, block, num_pairs, tokens, top_k, act,
-    gated, alpha, beta, limit, out_dtype, device, config, no_alpha, no_weight, bias, w_stride, s_stride, scale_rows,
+    gated, alpha, beta, limit, round_to, rule, out_dtype, device, config, no_alpha, no_weight, bias, w_stride, s_stride, scale_rows,
 ) -> _Plan:  # fmt: skip
     """Everything about a launch that follows from sizes."""
     f = FORMATS[w_format] if w_format else None
@@ -428,7 +431,8 @@ def _plan(
             c.mask,
         ),
         *(count, c.evict, w_gated, w_layout == "interleaved", act, limit != math.inf, not no_alpha, bias is not None),
-        *(not no_weight, largest >= 2**31, top_k, pdl, ptx, INTERPRET),
+        *(not no_weight, FORMATS[round_to].element.name if round_to else "", rule),
+        *(largest >= 2**31, top_k, pdl, ptx, INTERPRET),
     )
     partial = blocks * tiles * c.split * c.pairs * c.rows if c.split > 1 else 0
     return _Plan(sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles)

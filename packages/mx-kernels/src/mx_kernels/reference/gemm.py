@@ -20,7 +20,7 @@ from ..epilogue import Activation, Epilogue
 from ..tensor import QuantizedTensor
 from .activation import activated
 from .moe import pair_experts
-from .quantize import dequantize, quantize
+from .quantize import dequantize, quantize, quantize_dequantize
 
 Operand = Tensor | QuantizedTensor
 
@@ -60,6 +60,8 @@ def _finish(
 
 
 def _stored(out: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor | QuantizedTensor:
+    if epilogue.round_to is not None:
+        return quantize_dequantize(out.contiguous(), epilogue.round_to, rule=epilogue.rule).to(dtype)
     if epilogue.requantize_to is None:
         return out.to(dtype)
     q = quantize(out.contiguous(), epilogue.requantize_to, rule=epilogue.rule)
@@ -116,7 +118,7 @@ def grouped_gemm(
     act, weight = epilogue.activation, epilogue.row_weight
     weight = None if weight is None else weight.reshape(-1)
     width = n if act is None else act.out_features(n)
-    held = torch.float32 if epilogue.requantize_to is not None else dtype
+    held = dtype if epilogue.requantize_to is None and epilogue.round_to is None else torch.float32
     out = torch.zeros((pairs, width), dtype=held, device=x.device)
     values = _decode(x, decoder) if isinstance(x, QuantizedTensor) else x
     gx, gw = _global_scale(x), _global_scale(w)

@@ -103,20 +103,23 @@ def fused_moe(
     w13 = weights.w13()
     rows = mk.block_size(routing.ids.numel(), weights.num_experts, x.device, w13)
     tiles = ops.moe_align_block_size(routing.ids, rows, weights.num_experts, weights.expert_map)
-    requantize = inputs.requantize()
+    f = inputs.requantize()
     h = ops.grouped_gemm(
         _prepare(x, inputs, 0, ops),
         w13,
         tiles,
         top_k=k,
-        epilogue=Epilogue(bias=weights.w13_bias, activation=activation, requantize_to=requantize),
+        epilogue=Epilogue(
+            bias=weights.w13_bias,
+            activation=activation,
+            requantize_to=f if inputs.quantized else None,
+            round_to=None if inputs.quantized else f,
+        ),
         out_dtype=dtype,
     )
     del w13  # it may be a decoded copy
-    if requantize is None:
+    if f is None:
         h = _prepare(h, inputs, 1, ops)
-    elif not inputs.quantized:
-        h = ops.dequantize(h, dtype)
     y = ops.grouped_gemm(
         h,
         weights.w2(),

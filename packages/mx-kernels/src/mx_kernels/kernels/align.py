@@ -10,13 +10,17 @@ Letters: P pairs, E experts in the weights (EP: the next power of two), C chunks
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..alignment import capacity
-from .launch import launch
+from .launch import Launch
 
 FUSED_PAIRS = 4096
 CHUNK = 128
@@ -141,42 +145,60 @@ def moe_align_block_size(
     expert_map: Tensor | None,  # [E_global]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sorted_ids [capacity], expert_ids [capacity / block_size], num_padded [1]), int32; pairs stay in order in an expert."""
-    pairs = ids.numel()
+    device = ids.device
+    num_global = None if expert_map is None else expert_map.shape[0]
+    p = plan(ids.numel(), block_size, num_experts, num_global, device)
+    tensors: dict[str, Any] = {"ids": ids, "expert_map": expert_map, "counts": None}
+    tensors |= {name: torch.empty(size, dtype=torch.int32, device=device) for name, size in p.sizes.items()}
+    for launch, names in p.launches:
+        launch(*(tensors[name] for name in names))
+    sorted_ids, expert_ids, num_padded = (tensors[name] for name in ("sorted_ids", "expert_ids", "num_padded"))
+    if not p.launches:
+        num_padded.zero_()
+    return sorted_ids, expert_ids, num_padded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of an alignment with the names of their tensors, and the sizes of those (int32) that it makes."""
+
+    sizes: dict[str, int]
+    launches: tuple[tuple[Launch, tuple[str, ...]], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, device: torch.device) -> Plan:
+    """No launch for no pairs, one for few, three for many."""
     slots = capacity(pairs, block_size, num_experts)
-    sorted_ids = torch.empty(slots, dtype=torch.int32, device=ids.device)
-    expert_ids = torch.empty(slots // block_size, dtype=torch.int32, device=ids.device)
+    sizes = {"sorted_ids": slots, "expert_ids": slots // block_size, "num_padded": 1}
     if pairs == 0:
-        return sorted_ids, expert_ids, torch.zeros(1, dtype=torch.int32, device=ids.device)
-    num_padded = torch.empty(1, dtype=torch.int32, device=ids.device)
+        return Plan(sizes, ())
     bins = max(64, triton.next_power_of_2(num_experts))
     chunks = triton.cdiv(pairs, CHUNK)
-    shape = (pairs, num_experts, 0 if expert_map is None else expert_map.numel())
-    fixed = {"HAS_MAP": expert_map is not None, "EP": bins, "CHUNK": CHUNK}
-    counts = None
-    if pairs > FUSED_PAIRS:
-        counts = torch.empty((chunks + 1, bins), dtype=torch.int32, device=ids.device)
-        launch(_count_kernel, (chunks,), ids.device, ids, expert_map, counts, *shape, **fixed, num_warps=4)
-        launch(_scan_kernel, (bins // 4,), ids.device, counts, chunks, EP=bins, ROWS=1024, COLUMNS=4, num_warps=8)
-    launch(
+    many = pairs > FUSED_PAIRS
+    numbers = (pairs, num_experts, num_global or 0)
+    fixed = {"HAS_MAP": num_global is not None, "EP": bins, "CHUNK": CHUNK}
+    launches = []
+    if many:
+        sizes["counts"] = (chunks + 1) * bins
+        count = Launch(_count_kernel, (chunks,), device, *numbers, **fixed, num_warps=4)
+        scan = Launch(_scan_kernel, (bins // 4,), device, chunks, EP=bins, ROWS=1024, COLUMNS=4, num_warps=8)
+        launches += [(count, ("ids", "expert_map", "counts")), (scan, ("counts",))]
+    place = Launch(
         _align_kernel,
         (chunks,),
-        ids.device,
-        ids,
-        expert_map,
-        counts,
-        sorted_ids,
-        expert_ids,
-        num_padded,
-        *shape,
+        device,
+        *numbers,
         slots // block_size,
         **fixed,
-        COUNTED=counts is not None,
+        COUNTED=many,
         BLOCK=block_size,
         TILE=min(2048, max(256, triton.next_power_of_2(pairs))),
         FILL=fill_blocks(block_size, bins),
-        num_warps=16 if counts is None else 8,
+        num_warps=8 if many else 16,
     )
-    return sorted_ids, expert_ids, num_padded
+    launches.append((place, ("ids", "expert_map", "counts", "sorted_ids", "expert_ids", "num_padded")))
+    return Plan(sizes, tuple(launches))
 
 
 def fill_blocks(block_size: int, bins: int) -> int:

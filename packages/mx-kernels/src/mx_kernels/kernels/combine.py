@@ -7,12 +7,14 @@ In float32, one rounding at the end. Bound by memory: each program takes COLUMNS
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, target
+from .launch import Launch, target
 
 
 @triton.jit
@@ -57,31 +59,45 @@ def combine(
     out_dtype: torch.dtype,
 ) -> Tensor:  # [T, H]
     """Sum of the rows of each token's pairs."""
-    (tokens, k), width = ids.shape, y.shape[1]
-    out = torch.empty((tokens, width), dtype=out_dtype, device=y.device)
-    if out.numel() == 0:
-        return out
+    tokens, width, device = ids.shape[0], y.shape[1], y.device
+    out = torch.empty((tokens, width), dtype=out_dtype, device=device)
+    if tokens and width:
+        num_global = None if expert_map is None else expert_map.shape[0]
+        run = plan(
+            tokens, ids.shape[1], width, num_experts, num_global, weights is not None, y.dtype, out_dtype, device
+        )
+        run(y.contiguous(), ids, expert_map, weights, out)
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    tokens: int,
+    k: int,
+    width: int,
+    num_experts: int,
+    num_global: int | None,
+    weighted: bool,
+    dtype: torch.dtype,  # of y: Triton compiles a kernel for each
+    out_dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    """The launch, for (y, ids, expert_map, weights, out)."""
     # Few tokens: narrower columns, so that every multiprocessor has some.
     columns = 256
-    while columns < 2048 and columns < width and tokens * triton.cdiv(width, columns) > 8 * target(y.device).units:
+    while columns < 2048 and columns < width and tokens * -(-width // columns) > 8 * target(device).units:
         columns *= 2
-    launch(
+    return Launch(
         _combine_kernel,
-        (tokens, triton.cdiv(width, columns)),
-        y.device,
-        y.contiguous(),
-        ids,
-        expert_map,
-        weights,
-        out,
+        (tokens, -(-width // columns)),
+        device,
         num_experts,
-        0 if expert_map is None else expert_map.numel(),
+        num_global or 0,
         width,
         TOP_K=k,
-        HAS_MAP=expert_map is not None,
-        WEIGHTED=weights is not None,
+        HAS_MAP=num_global is not None,
+        WEIGHTED=weighted,
         COLUMNS=columns,
         num_warps=1 if columns <= 256 else 2 if columns == 512 else 4,
         enable_fp_fusion=False,
     )
-    return out

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, target
+from .launch import Launch, starts_early, target
 
 
 @triton.jit
@@ -31,7 +31,11 @@ def _combine_kernel(
     HAS_MAP: tl.constexpr,
     WEIGHTED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live = h < H
@@ -87,6 +91,7 @@ def plan(
     columns = 256
     while columns < 2048 and columns < width and tokens * -(-width // columns) > 8 * target(device).units:
         columns *= 2
+    early = starts_early("combine", tokens * k, device)
     return Launch(
         _combine_kernel,
         (tokens, -(-width // columns)),
@@ -98,6 +103,8 @@ def plan(
         HAS_MAP=num_global is not None,
         WEIGHTED=weighted,
         COLUMNS=columns,
+        PDL=early,
+        **({"launch_pdl": True} if early else {}),
         num_warps=1 if columns <= 256 else 2 if columns == 512 else 4,
         enable_fp_fusion=False,
     )

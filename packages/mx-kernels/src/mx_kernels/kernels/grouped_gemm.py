@@ -24,7 +24,7 @@ from ..formats import FORMATS
 from ..tuning import SHARED, UNITS, Config, Problem, choose_config
 from .dot import packed_dot
 from .epilogue import outputs, store
-from .launch import Launch
+from .launch import PDL_PAIRS, Launch
 
 SORTED: tl.constexpr = tl.constexpr(0)
 PAIR: tl.constexpr = tl.constexpr(1)
@@ -399,7 +399,8 @@ def _plan(
     units, shared, dependent = _facts(device)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
     c = config or choose_config(problem, block, units, shared)
-    pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
+    role = "gemm2" if top_k == 1 and tokens < num_pairs else "gemm1"
+    pdl = dependent and (c.pdl if config is not None else num_pairs <= PDL_PAIRS[role])
     tiles = -(-strips * 16 // c.rows)
     count = shape[0] if len(shape) == 3 else 1
     largest = max(shape[-2] * stride[-2] * count, num_pairs * n)

@@ -34,11 +34,27 @@ class Target:
 @functools.cache
 def target(device: torch.device) -> Target:
     """The facts of an accelerator."""
+    if device.type not in ("cuda", "xpu"):  # Triton's interpreter, and compiling without a device
+        return Target(False, False, 132)
     properties = torch.get_device_module(device.type).get_device_properties(device)
     units = getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
     return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0))
+
+
+PDL_PAIRS = {"align": 0, "place": 1 << 31, "gemm1": 0, "gemm2": 64, "combine": 0}
+"""Up to how many pairs a kernel of an MoE layer starts before the one in front of it has ended (NVIDIA, sm_90 and up).
+
+Such a kernel waits for the end of the one in front (``gdc_wait``) before it reads what that or anything earlier wrote, and only then
+lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. "place" reads the ids, and
+nothing else, before it waits: the kernel in front of it is always the alignment's first, which has waited for them.
+"""
+
+
+def starts_early(kernel: str, pairs: int, device: torch.device) -> bool:
+    """Whether that kernel is launched so, by ``PDL_PAIRS``."""
+    return pairs <= PDL_PAIRS[kernel] and target(device).pdl
 
 
 class Launch:

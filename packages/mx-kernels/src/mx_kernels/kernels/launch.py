@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ class Launch:
         if self.device.index not in (None, module.current_device()):
             with module.device(self.device):
                 return self._dispatch(args, aligned)
+        assert len(args) + len(self.values) == len(self.kernel.arg_names), (
+            self.kernel
+        )  # in the kernel's order, all of them
         made = self.kernel[self.grid](*args, *self.values, **self.options)
         if aligned and self.device.type == "cuda" and isinstance(made, CompiledKernel):  # not in the interpreter
             self.compiled = made
@@ -117,14 +121,22 @@ def current_stream(device: torch.device) -> int:
     return stream
 
 
+def _kind(a: Any) -> Any:
+    """What Triton compiles for: dtypes and numbers; of a TMA descriptor what it describes."""
+    if isinstance(a, Tensor):
+        return a.dtype
+    if isinstance(a, TensorDescriptor):
+        return a.base.dtype, *a.block_shape
+    return a
+
+
 _LAUNCHES = 4096  # that are remembered
 _launches: dict[tuple[Any, ...], Launch] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)`` on ``device``, whichever is current; a ``Launch`` for each kind of arguments."""
-    kinds = [a.dtype if isinstance(a, Tensor) else a for a in args]
-    key = (id(kernel), grid, device, *kinds, *options.values())
+    key = (id(kernel), grid, device, *map(_kind, args), *options.values())
     known = _launches.get(key)
     if known is None:
         if len(_launches) >= _LAUNCHES:

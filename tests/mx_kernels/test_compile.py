@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from mx_kernels import FORMATS, MXFP4, MXFP6_E3M2, MXFP8, NVFP4
 
@@ -139,26 +140,26 @@ def test_global_scale(aot, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("experts", "mapped"), [(128, False), (512, True)])
-def test_align(aot, target, experts, mapped):
+@pytest.mark.parametrize("pairs", [8, 512, 2048, 8192, 131072, 1 << 20])
+def test_align(aot, target, pairs, experts, mapped, monkeypatch):
     from mx_kernels.kernels import align
 
-    ints = {"pairs": "i32", "experts": "i32"} | ({"num_global": "i32"} if mapped else {})
-    inputs = {"ids": "*i32"} | ints | ({"expert_map": "*i32"} if mapped else {})
-    constants = {"HAS_MAP": mapped, "EP": experts, "CHUNK": align.CHUNK}
-    constants |= {} if mapped else {"expert_map": None, "num_global": 0}
-    signature = inputs | {"counts": "*i32"}
-    checked(aot.compile_kernel(align._count_kernel, signature, constants, target, unaligned=tuple(ints), num_warps=4))
-    sizes = {"EP": experts, "ROWS": 1024, "COLUMNS": 4}
-    signature = {"counts": "*i32", "chunks": "i32"}
-    checked(aot.compile_kernel(align._scan_kernel, signature, sizes, target, unaligned=("chunks",), num_warps=8))
-    inputs |= {"sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "blocks": "i32"}
-    constants |= {"BLOCK": 64, "TILE": 2048, "FILL": align.fill_blocks(64, experts)}
-    unaligned = (*ints, "blocks")
-    for counted in (False, True):
-        signature = inputs | ({"counts": "*i32"} if counted else {})
-        fixed = constants | {"COUNTED": counted} | ({} if counted else {"counts": None})
-        options = {"unaligned": unaligned, "num_warps": 8 if counted else 16}
-        checked(aot.compile_kernel(align._align_kernel, signature, fixed, target, **options))
+    early = target in ("sm_90", "sm_100", "sm_120")
+    monkeypatch.setattr(align, "starts_early", lambda kernel, pairs, device: early)
+    device = torch.device("meta")
+    plan = align.plan.__wrapped__(pairs, 64, experts, experts + 8 if mapped else None, device)
+    for launch, tensors in plan.launches:
+        names = launch.kernel.arg_names
+        values = dict(zip(names[len(tensors) :], launch.values, strict=True))
+        numbers = {n: "i32" for n in names[len(tensors) :] if n.islower() and values[n]}
+        signature = {n: "*i32" for n in tensors if mapped or n != "expert_map"} | numbers
+        constants = {n: v for n, v in values.items() if n not in numbers} | ({} if mapped else {"expert_map": None})
+        unaligned = tuple(n for n in numbers if values[n] % 16)
+        options = {n: v for n, v in launch.options.items() if n != "launch_pdl"}
+        made = checked(aot.compile_kernel(launch.kernel, signature, constants, target, unaligned=unaligned, **options))
+        if early:
+            assert made.asm.count("griddepcontrol.wait") == made.asm.count("griddepcontrol.launch_dependents") == 1
+        assert made.shared <= 65536
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -186,6 +187,7 @@ def test_combine(aot, target):
 
     signature = {"y": "*bf16", "ids": "*i32", "weights": "*fp32", "out": "*bf16", "experts": "i32", "H": "i32"}
     constants = {"TOP_K": 8, "HAS_MAP": False, "WEIGHTED": True, "COLUMNS": 1024, "expert_map": None, "num_global": 0}
+    constants["PDL"] = target in ("sm_90", "sm_100", "sm_120")
     checked(
         aot.compile_kernel(
             combine._combine_kernel, signature, constants, target, unaligned=("experts",), num_warps=4, **NO_FUSION

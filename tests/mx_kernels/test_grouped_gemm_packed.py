@@ -362,7 +362,12 @@ def test_plain_weights_on_the_gpu(dtype):
 @pytest.mark.parametrize("act", [SILU, OAI, None], ids=lambda a: a.layout if a else "none")
 @pytest.mark.parametrize("f", [mk.MXFP4, mk.MXFP8], ids=str)
 def test_rounded_results_on_the_gpu(f, act):
-    for tokens, config in ((3, None), (40, None), (300, Config(64, 128, 128, 4, 3)), (900, Config(128, 128, 64, 4, 4, levels=3))):
+    for tokens, config in (
+        (3, None),
+        (40, None),
+        (300, Config(64, 128, 128, 4, 3)),
+        (900, Config(128, 128, 64, 4, 4, levels=3)),
+    ):
         check_rounded(f, act, tokens, config, device="cuda", block=16 if config is None else config.pairs)
 
 

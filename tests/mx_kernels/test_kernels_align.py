@@ -1,6 +1,13 @@
-"""The alignment kernel returns the reference's tensors (pairs stay in order inside an expert), whatever the routing."""
+"""The alignment kernels return the reference's tensors (pairs stay in order inside an expert), whatever the routing.
+
+On a GPU, and for fewer sizes on the CPU in Triton's interpreter.
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,11 +15,12 @@ import torch
 import mx_kernels as mk
 from mx_kernels.reference.moe import aligned
 
-pytestmark = pytest.mark.gpu
-
 
 @pytest.fixture(autouse=True)
-def _on_the_device():
+def _on_the_device(request):
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
     torch.use_deterministic_algorithms(False)
     with torch.device("cuda"):
         yield
@@ -40,6 +48,37 @@ def routing(tokens, top_k, experts, kind="uniform"):
     return ids
 
 
+INTERPRETED = """
+import torch
+import test_kernels_align as t
+from mx_kernels.kernels import align
+
+for experts, kind in ((1, "one"), (8, "uniform"), (60, "skewed"), (128, "uniform")):
+    for tokens in (0, 1, 127, 700):  # one launch up to 512 tokens, then two
+        t.check(t.routing(tokens, 4, experts, kind), 64, experts)
+t.check(t.routing(1100, 4, 33, "skewed"), 16, 33)
+expert_map = torch.arange(40).int() - 8
+for tokens in (5, 700):
+    t.check(torch.randint(-2, 43, (tokens, 6)).int(), 32, 32, expert_map.clamp(min=-1))
+align.MANY, align.PROGRAMS, align.PLACERS = 2500, 8, 3  # what only larger sizes would reach
+align.plan.cache_clear()
+t.check(t.routing(700, 4, 128, "uniform"), 64, 128)
+t.check(t.routing(1100, 4, 60, "skewed"), 128, 60)
+print("right")
+"""
+
+
+@pytest.mark.compile
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=env, cwd=os.path.dirname(__file__), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "right", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["uniform", "one", "skewed"])
 @pytest.mark.parametrize("block", [16, 64, 128])
 @pytest.mark.parametrize("experts", [1, 8, 60, 128, 512])
@@ -48,6 +87,7 @@ def test_every_size(experts, block, kind):
         check(routing(tokens, 4, experts, kind), block, experts)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts"), [(16384, 8, 128), (131072, 8, 512), (1048576, 1, 512), (4097, 4, 33)]
 )
@@ -56,6 +96,7 @@ def test_many_pairs(tokens, top_k, experts):
     check(routing(tokens, top_k, experts, "one"), 16, experts)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [5, 300, 9000])
 def test_expert_map(tokens):
     total, local = 256, 100
@@ -66,6 +107,7 @@ def test_expert_map(tokens):
     check(ids, 32, local, torch.full_like(expert_map, -1))
 
 
+@pytest.mark.gpu
 def test_the_public_function_sorts_and_skips():
     ids = routing(512, 8, 128)
     tiles = mk.moe_align_block_size(ids, 64, 128)
@@ -73,6 +115,7 @@ def test_the_public_function_sorts_and_skips():
     assert mk.moe_align_block_size(ids[:8], 16, 128).sorted_ids is None
 
 
+@pytest.mark.gpu
 def test_same_bits_each_time():
     ids = routing(20000, 8, 256, "skewed")
     first = align(ids, 64, 256)
@@ -81,6 +124,7 @@ def test_same_bits_each_time():
             assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [128, 4096])
 def test_cuda_graph(tokens):
     ids = routing(tokens, 8, 128)
@@ -97,6 +141,7 @@ def test_cuda_graph(tokens):
         assert torch.equal(tiles.num_padded, want[2])
 
 
+@pytest.mark.gpu
 def test_compiles_without_a_graph_break_and_opcheck():
     ids = routing(300, 4, 64)
     step = torch.compile(lambda ids: mk.moe_align_block_size(ids, 32, 64).sorted_ids, fullgraph=True)

@@ -32,6 +32,7 @@ from .layouts import (
     unswizzle_cdna4,
     unswizzle_hopper,
 )
+from .moe import PackedLayer
 from .packing import PackedWeight, pack
 from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
 from .rebase import REBASED_ACTIVATIONS, REBASED_FORMATS, RebasedWeight, grouped_gemm_rebased, rebase, rebase_rows
@@ -57,6 +58,7 @@ __all__ = [
     "Element",
     "Epilogue",
     "Format",
+    "PackedLayer",
     "PackedWeight",
     "QuantizedTensor",
     "RebasedWeight",

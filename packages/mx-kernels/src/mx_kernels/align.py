@@ -19,6 +19,12 @@ SELF_ROUTED = 64
 """On an accelerator, up to this many pairs are not sorted: the grouped GEMM finds the pairs of an expert itself."""
 
 
+def stays_unsorted(ids: Tensor, num_experts: int, expert_map: Tensor | None, accelerated: bool) -> bool:
+    """Whether each pair is a block of its own."""
+    few = accelerated and expert_map is None and ids.numel() <= SELF_ROUTED
+    return few or needs_no_sorting(ids.numel(), num_experts, expert_map)
+
+
 def _refuse_bad_ids(ids: Tensor, num_experts: int, expert_map: Tensor | None) -> None:
     """Raise ValueError for an id past the skip sentinel or a map entry past the weights (reads values)."""
     total = num_experts if expert_map is None else expert_map.shape[0]
@@ -133,9 +139,8 @@ def moe_align_block_size(
     if ids.dtype == torch.int64:
         ids = ids.clamp(-1, 2**31 - 1).to(torch.int32)
     ids = ids.contiguous()
-    accelerated = has_triton() and ids.device.type in ("cuda", "xpu")
-    few = accelerated and expert_map is None and ids.numel() <= SELF_ROUTED
-    if not sort and (few or needs_no_sorting(ids.numel(), num_experts, expert_map)):
+    accelerated = has_triton() and (ids.is_cuda or ids.is_xpu)
+    if not sort and stays_unsorted(ids, num_experts, expert_map, accelerated):
         experts = ids.flatten() if accelerated else expert_of_pair_op(ids, num_experts)
         return Alignment(ids, num_experts, block_size, None, experts, experts[:0])
     run = kernels("align").moe_align_block_size if direct(ids, expert_map) else moe_align_block_size_op

@@ -7,12 +7,14 @@ In float32, one rounding at the end. Bound by memory: each program takes COLUMNS
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, target
+from .launch import Launch, starts_early, target
 
 
 @triton.jit
@@ -29,7 +31,11 @@ def _combine_kernel(
     HAS_MAP: tl.constexpr,
     WEIGHTED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live = h < H
@@ -57,31 +63,48 @@ def combine(
     out_dtype: torch.dtype,
 ) -> Tensor:  # [T, H]
     """Sum of the rows of each token's pairs."""
-    (tokens, k), width = ids.shape, y.shape[1]
-    out = torch.empty((tokens, width), dtype=out_dtype, device=y.device)
-    if out.numel() == 0:
-        return out
+    tokens, width, device = ids.shape[0], y.shape[1], y.device
+    out = torch.empty((tokens, width), dtype=out_dtype, device=device)
+    if tokens and width:
+        num_global = None if expert_map is None else expert_map.shape[0]
+        run = plan(
+            tokens, ids.shape[1], width, num_experts, num_global, weights is not None, y.dtype, out_dtype, device
+        )
+        run(y.contiguous(), ids, expert_map, weights, out)
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    tokens: int,
+    k: int,
+    width: int,
+    num_experts: int,
+    num_global: int | None,
+    weighted: bool,
+    dtype: torch.dtype,  # of y: Triton compiles a kernel for each
+    out_dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    """The launch, for (y, ids, expert_map, weights, out)."""
     # Few tokens: narrower columns, so that every multiprocessor has some.
     columns = 256
-    while columns < 2048 and columns < width and tokens * triton.cdiv(width, columns) > 8 * target(y.device).units:
+    while columns < 2048 and columns < width and tokens * -(-width // columns) > 8 * target(device).units:
         columns *= 2
-    launch(
+    early = starts_early("combine", tokens * k, device)
+    return Launch(
         _combine_kernel,
-        (tokens, triton.cdiv(width, columns)),
-        y.device,
-        y.contiguous(),
-        ids,
-        expert_map,
-        weights,
-        out,
+        (tokens, -(-width // columns)),
+        device,
         num_experts,
-        0 if expert_map is None else expert_map.numel(),
+        num_global or 0,
         width,
         TOP_K=k,
-        HAS_MAP=expert_map is not None,
-        WEIGHTED=weights is not None,
+        HAS_MAP=num_global is not None,
+        WEIGHTED=weighted,
         COLUMNS=columns,
+        PDL=early,
+        **({"launch_pdl": True} if early else {}),
         num_warps=1 if columns <= 256 else 2 if columns == 512 else 4,
         enable_fp_fusion=False,
     )
-    return out

@@ -13,19 +13,18 @@ to arrive adds them up in a fixed order, so the result does not depend on which 
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from ..formats import FORMATS
 from ..tuning import SHARED, UNITS, Config, Problem, choose_config
 from .dot import packed_dot
 from .epilogue import outputs, store
+from .launch import PDL_PAIRS, Launch
 
 SORTED: tl.constexpr = tl.constexpr(0)
 PAIR: tl.constexpr = tl.constexpr(1)
@@ -241,7 +240,7 @@ _counters: dict[tuple[int, int], list[Tensor]] = {}
 
 @dataclass
 class _Plan:
-    """A launch without its tensors. ``run``: the compiled kernel, once it is known."""
+    """A launch without its tensors."""
 
     sizes: tuple[int | float, ...]
     constants: tuple
@@ -249,7 +248,13 @@ class _Plan:
     programs: int
     partial: int
     tiles: int
-    run: Callable[..., None] | None = None
+    device: torch.device
+
+    @functools.cached_property
+    def launch(self) -> Launch:
+        """For (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter), y where absent."""
+        values = (*self.sizes, *self.constants)
+        return Launch(_grouped_gemm_packed_kernel, (self.programs,), self.device, *values, **self.options)
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -263,13 +268,13 @@ def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K]
     return torch.stack(parts)
 
 
-def _counter(device: torch.device, count: int) -> Tensor:
+def counters(device: torch.device, count: int) -> Tensor:
     """Zeros that every launch leaves as zeros; one tensor a stream, made outside of CUDA graphs, or one a launch within.
 
     None is ever freed, since a captured graph may hold it. As with cuBLAS's workspaces, graphs captured on one stream must
     not be replayed on several at once.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
     held = _counters.setdefault((device.index or 0, stream), [])
     if held and held[-1].numel() >= count:
         return held[-1]
@@ -325,38 +330,31 @@ def grouped_gemm_packed(
     if num_pairs == 0:
         return y
     x = pieces(x, w.dtype if not w_format else torch.bfloat16)
-    blocks = 0 if expert_ids is None else expert_ids.shape[0]
-    route = DENSE if expert_ids is None else SORTED if sorted_ids is not None else SELF
-    key = (
+    plan = plan_packed(
+        *(x, w, w_scale, w_alpha, w_shift, w_global, w_format, n, k, w_gated, w_layout),
+        *(sorted_ids, expert_ids, num_padded),
         *(
-            x.shape,
-            x.stride(),
-            w.shape,
-            w.dtype,
-            w_format,
-            n,
-            k,
-            w_gated,
-            w_layout,
-            route.value,
-            blocks,
             block_size,
             num_pairs,
+            tokens,
+            top_k,
+            bias,
+            act,
+            gated,
+            alpha,
+            beta,
+            limit,
+            row_weight,
+            round_to,
+            rule,
+            out_dtype,
+            config,
         ),
-        *(tokens, top_k, act, gated, alpha, beta, limit, round_to, rule, out_dtype, x.device, config),
-        *(w_alpha is None, row_weight is None, None if bias is None else bias.dtype),
     )
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _PLANS:
-            _plans.clear()
-        strides = () if w_scale is None else w_scale.stride()
-        scale_rows = 0 if w_scale is None else w_scale.shape[2]
-        plan = _plans[key] = _plan(*key, w.stride(), strides, scale_rows)
     partial = counter = y
     if plan.partial:
         partial = torch.empty((plan.partial,), dtype=torch.float32, device=x.device)
-        counter = _counter(x.device, plan.tiles)
+        counter = counters(x.device, plan.tiles)
     if w_format:
         w = w.view(torch.int32)
     given = (w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight)
@@ -366,6 +364,29 @@ def grouped_gemm_packed(
         (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter),
     )
     return y
+
+
+def plan_packed(
+    x, w, w_scale, w_alpha, w_shift, w_global, w_format, n, k, w_gated, w_layout, sorted_ids, expert_ids, num_padded,
+    block_size, num_pairs, tokens, top_k, bias, act, gated, alpha, beta, limit, row_weight, round_to, rule, out_dtype,
+    config=None,
+) -> _Plan:  # fmt: skip
+    """The plan of ``grouped_gemm_packed`` for such arguments, x as ``pieces`` returns it."""
+    blocks = 0 if expert_ids is None else expert_ids.shape[0]
+    route = DENSE if expert_ids is None else SORTED if sorted_ids is not None else SELF
+    key = (
+        *(x.shape, x.stride(), w.shape, w.dtype, w_format, n, k, w_gated, w_layout, route.value, blocks, block_size),
+        *(num_pairs, tokens, top_k, act, gated, alpha, beta, limit, round_to, rule, out_dtype, x.device, config),
+        *(w_alpha is None, row_weight is None, None if bias is None else bias.dtype),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _PLANS:
+            _plans.clear()
+        strides = () if w_scale is None else w_scale.stride()
+        scale_rows = 0 if w_scale is None else w_scale.shape[2]
+        plan = _plans[key] = _plan(*key, w.stride(), strides, scale_rows)
+    return plan
 
 
 def _plan(
@@ -401,7 +422,8 @@ def _plan(
     c = config or choose_config(problem, block, units, shared)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
-    pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
+    role = "gemm2" if top_k == 1 and tokens < num_pairs else "gemm1"
+    pdl = dependent and (c.pdl if config is not None else num_pairs <= PDL_PAIRS[role])
     tiles = -(-strips * 16 // c.rows)
     count = shape[0] if len(shape) == 3 else 1
     largest = max(shape[-2] * stride[-2] * count, num_pairs * n)
@@ -435,22 +457,8 @@ def _plan(
         *(largest >= 2**31, top_k, pdl, ptx, INTERPRET),
     )
     partial = blocks * tiles * c.split * c.pairs * c.rows if c.split > 1 else 0
-    return _Plan(sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles)
+    return _Plan(sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles, device)
 
 
 def _launch(plan: _Plan, tensors: tuple[Tensor, ...]) -> None:
-    """Launch, past Triton's own dispatch once the kernel is known (most of the host's time otherwise)."""
-    device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _launch(plan, tensors)
-    unaligned = 0
-    for t in tensors:
-        unaligned |= t.data_ptr()
-    if plan.run is not None and not unaligned & 15:
-        plan.run(*tensors, *plan.sizes, *plan.constants)
-        return None
-    compiled = _grouped_gemm_packed_kernel[(plan.programs,)](*tensors, *plan.sizes, *plan.constants, **plan.options)
-    if isinstance(compiled, CompiledKernel) and not unaligned & 15:
-        plan.run = compiled[(plan.programs, 1, 1)]
-    return None
+    plan.launch(*tensors)

@@ -1,38 +1,145 @@
-"""What a launcher needs to know about the device of its tensors."""
+"""Launching kernels: what a launcher needs to know about a device, and a way past Triton's dispatch.
+
+``kernel[grid](*args)`` looks at every argument to find the compiled kernel, 15 to 25 us of the host's time for a dozen of them
+(H200 machine, Triton 3.6), several times what the kernels of one token take. What it finds follows from dtypes, numbers, which
+tensors are there and whether they are aligned to 16 bytes. A ``Launch`` stands for one choice of all that and remembers the kernel.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
 class Target:
-    """fp8: Triton converts float32 to FP8 with saturation; asm: kernels may use PTX; units: multiprocessors."""
+    """fp8: Triton converts float32 to FP8 with saturation; asm: kernels may use PTX; units: multiprocessors.
+
+    pdl: a kernel may start before the one in front has ended (programmatic dependent launch).
+    """
 
     fp8: bool
     asm: bool
     units: int
+    pdl: bool = False
 
 
 @functools.cache
 def target(device: torch.device) -> Target:
     """The facts of an accelerator."""
+    if device.type not in ("cuda", "xpu"):  # Triton's interpreter, and compiling without a device
+        return Target(False, False, 132)
     properties = torch.get_device_module(device.type).get_device_properties(device)
     units = getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return Target(nvidia and torch.cuda.get_device_capability(device) >= (8, 9), nvidia, units)
+    capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+    return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0))
+
+
+PDL_PAIRS = {"align": 0, "place": 1 << 31, "gemm1": 0, "gemm2": 64, "combine": 0}
+"""Up to how many pairs a kernel of an MoE layer starts before the one in front of it has ended (NVIDIA, sm_90 and up).
+
+Such a kernel waits for the end of the one in front (``gdc_wait``) before it reads what that or anything earlier wrote, and only then
+lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. "place" reads the ids, and
+nothing else, before it waits: the kernel in front of it is always the alignment's first, which has waited for them.
+"""
+
+
+def starts_early(kernel: str, pairs: int, device: torch.device) -> bool:
+    """Whether that kernel is launched so, by ``PDL_PAIRS``."""
+    return pairs <= PDL_PAIRS[kernel] and target(device).pdl
+
+
+class Launch:
+    """``kernel[grid](*args, *values, **options)`` on ``device``, whichever is current; ``args``, tensors above all, come with the call.
+
+    values: what follows the arguments, in the kernel's order; options: the kernel's constants after those, and Triton's options.
+    A Launch is for arguments that differ in nothing but their pointers: the caller keeps one for each set of dtypes, absent
+    tensors (None) and numbers.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], device: torch.device, *values: int | float, **options: Any
+    ) -> None:
+        self.kernel, self.device = kernel, device
+        self.grid = (*grid, 1, 1)[:3]
+        self.values = (*values, *(options.pop(name) for name in kernel.arg_names if name in options))
+        self.options = options
+        self.compiled: CompiledKernel | None = None
+
+    def __call__(self, *args: Any) -> None:
+        """Launch. Tensors that are not aligned to 16 bytes go through Triton's dispatch, as does the first call."""
+        pointers, low = [], 0
+        for a in args:
+            if isinstance(a, Tensor):
+                a = a.data_ptr()
+                low |= a
+            pointers.append(a)
+        if self.compiled is None or low & 15 or not ready(self.device):
+            self._dispatch(args, low & 15 == 0)
+        else:
+            self.run(current_stream(self.device), pointers)
+
+    def run(self, stream: int, pointers: Sequence[Any]) -> None:
+        """Launch what is ``compiled`` on tensors given by their addresses, aligned to 16 bytes, where the device is ``ready``."""
+        k = self.compiled
+        assert k is not None
+        k.run(*self.grid, stream, k.function, k.packed_metadata, None, None, None, *pointers, *self.values)
+
+    def _dispatch(self, args: tuple[Any, ...], aligned: bool) -> None:
+        module = torch.get_device_module(self.device.type)
+        if self.device.index not in (None, module.current_device()):
+            with module.device(self.device):
+                return self._dispatch(args, aligned)
+        assert len(args) + len(self.values) == len(self.kernel.arg_names), (
+            self.kernel
+        )  # in the kernel's order, all of them
+        made = self.kernel[self.grid](*args, *self.values, **self.options)
+        if aligned and self.device.type == "cuda" and isinstance(made, CompiledKernel):  # not in the interpreter
+            self.compiled = made
+        return None
+
+
+def ready(device: torch.device) -> bool:
+    """Whether ``device`` is the current one, and no profiler wants to hear of every launch (only Triton's dispatch tells it)."""
+    hooks = triton.knobs.runtime
+    watched = getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)
+    return not watched and device.index == torch.cuda.current_device()
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of PyTorch's current stream."""
+    stream: int = triton.runtime.driver.active.get_current_stream(device.index)
+    return stream
+
+
+def _kind(a: Any) -> Any:
+    """What Triton compiles for: dtypes and numbers; of a TMA descriptor what it describes."""
+    if isinstance(a, Tensor):
+        return a.dtype
+    if isinstance(a, TensorDescriptor):
+        return a.base.dtype, *a.block_shape
+    return a
+
+
+_LAUNCHES = 4096  # that are remembered
+_launches: dict[tuple[Any, ...], Launch] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """``kernel[grid](*args, **options)`` on ``device``, whichever is current."""
-    run: Callable[..., Any] = kernel[grid]
-    module = torch.get_device_module(device.type)
-    guard = contextlib.nullcontext() if device.index in (None, module.current_device()) else module.device(device)
-    with guard:
-        run(*args, **options)
+    """``kernel[grid](*args, **options)`` on ``device``, whichever is current; a ``Launch`` for each kind of arguments."""
+    key = (id(kernel), grid, device, *map(_kind, args), *options.values())
+    known = _launches.get(key)
+    if known is None:
+        if len(_launches) >= _LAUNCHES:
+            _launches.clear()
+        known = _launches[key] = Launch(kernel, grid, device, **options)
+    known(*args)

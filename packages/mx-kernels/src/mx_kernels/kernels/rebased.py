@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import launch
+
 
 @triton.jit
 def _load_blocks(x, start, K: tl.constexpr, WIDTH: tl.constexpr):
@@ -77,9 +79,9 @@ def rebase_rows(
     if slots and k:
         first, rest = _split(k)
         warps = max(1, min(8, first // 512))
-        _rebase_rows_kernel[(slots,)](
-            x, x.stride(0), out.view(torch.float8_e4m3fn), scale, sorted_ids, num_padded, num_pairs, top_k, k, first, rest, gather,
-            num_warps=warps,
+        launch(
+            _rebase_rows_kernel, (slots,), x.device, x, x.stride(0), out.view(torch.float8_e4m3fn), scale, sorted_ids,
+            num_padded, num_pairs, top_k, K=k, FIRST=first, REST=rest, GATHER=gather, num_warps=warps,
         )  # fmt: skip
     return out, scale
 
@@ -196,9 +198,9 @@ def grouped_gemm_rebased(
     fp8 = torch.float8_e4m3fn
     c = {**tile_config(block_m, promote), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
-    groups = triton.cdiv(tiles, group)
-    grid = (groups * group * triton.cdiv(n, bn),)
-    _grouped_gemm_rebased_kernel[grid](
+    grid = (-(-tiles // group) * group * -(-n // bn),)
+    launch(
+        _grouped_gemm_rebased_kernel, grid, x.device,
         TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk]),
         x_scale, w_scale, y, n_out, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
         row_weight if row_weight is not None else y, num_pairs, n, n_out, k,

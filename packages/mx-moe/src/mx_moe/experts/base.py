@@ -96,7 +96,7 @@ def fused_moe(
     """
     inputs = inputs or Inputs()
     dtype, k = x.dtype, routing.top_k
-    row_weight: Tensor | None = routing.weights.reshape(-1)
+    row_weight: Tensor | None = routing.weights
     if weight_on_input:
         x = weighted_input(x, routing)
         row_weight = None
@@ -218,6 +218,10 @@ class ExpertsBase:
         Raises ValueError for shapes, strides and devices, TypeError for x's dtype.
         """
         self._check(x, routing)
+        return self._forward(x, routing)
+
+    def _forward(self, x: Tensor, routing: Routing) -> Tensor:  # [T, H] -> [T, H]
+        """The call, without its checks."""
         return fused_moe(
             x,
             routing,

@@ -1,0 +1,125 @@
+"""The launches of an MoE layer on packed weights, planned once for each number of tokens: ``moe.py`` says what for.
+
+One workspace holds what passes from step to step (the alignment, h [P, I], y [P, H], partial sums), 256 bytes apart; the kernels get
+addresses. P = T * k pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..align import stays_unsorted
+from ..alignment import Alignment
+from ..epilogue import Epilogue
+from ..grouped_gemm import block_size
+from ..packed_gemm import flat_product
+from . import align, combine, grouped_gemm
+from .launch import Launch, current_stream, ready
+
+if TYPE_CHECKING:
+    from ..moe import PackedLayer
+
+GIVEN = ("x", "ids", "weights", "out")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a call of the layer does.
+
+    launches: each with the places of its tensors in the list of addresses, which has GIVEN, the layer's tensors, the workspace's parts
+    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None. size: of the workspace, in bytes.
+    """
+
+    launches: tuple[tuple[Launch, tuple[int, ...]], ...]
+    offsets: tuple[int, ...]
+    size: int
+    counters: int
+
+
+_PLANS = 4096  # that are remembered
+_plans: dict[tuple[object, ...], _Plan] = {}
+
+
+def launch(
+    layer: PackedLayer,
+    x: Tensor,  # [T, H]
+    ids: Tensor,  # [T, k]
+    weights: Tensor,  # [T, k]
+) -> Tensor | None:  # [T, H]
+    """The layer's result, or None where a kernel is not compiled yet or Triton's dispatch has to see the launch."""
+    device = x.device
+    key = (layer.key, ids.shape, x.stride(0))
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(layer, x, ids, weights)
+    for run, _ in plan.launches:
+        if run.compiled is None:
+            return None
+    if not ready(device):
+        return None
+    out = torch.empty(x.shape, dtype=x.dtype, device=device)
+    work = torch.empty(plan.size, dtype=torch.uint8, device=device)
+    addresses: list[int | None] = [t.data_ptr() for t in (x, ids, weights, out, *layer.tensors.values())]
+    if functools.reduce(operator.or_, addresses) & 15:
+        return None
+    base = work.data_ptr()
+    addresses += [base + offset for offset in plan.offsets]
+    addresses += [grouped_gemm.counters(device, plan.counters).data_ptr() if plan.counters else None, None]
+    stream = current_stream(device)
+    for run, places in plan.launches:
+        run.run(stream, [addresses[i] for i in places])
+    return out
+
+
+def _plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> _Plan:
+    """What the five steps would launch, in their order."""
+    (tokens, hidden), k, pairs, device, dtype = x.shape, ids.shape[1], ids.numel(), x.device, x.dtype
+    w13, w2, expert_map = layer.w13, layer.w2, layer.expert_map
+    experts, width = w13.shape[0], w2.shape[2]
+    num_global = None if expert_map is None else expert_map.shape[0]
+    launches: list[tuple[Launch, tuple[str, ...]]] = []
+    parts = {name: pairs * n * x.element_size() for name, n in (("h", width), ("y", hidden))}  # bytes in the workspace
+    rows = block_size(pairs, experts, device, w13)
+    if stays_unsorted(ids, experts, expert_map, True):
+        where = ("", "ids", "")
+        tiles = Alignment(ids, experts, rows, None, ids.view(-1), ids.view(-1)[:0])
+    else:
+        where = ("sorted_ids", "expert_ids", "num_padded")
+        sort = align.plan(pairs, rows, experts, num_global, device)
+        launches += sort.launches
+        parts |= {name: 4 * size for name, size in sort.sizes.items()}
+        shapes = (torch.empty(sort.sizes[name], dtype=torch.int32, device="meta") for name in where)
+        tiles = Alignment(ids, experts, rows, *shapes, expert_map)
+    h = torch.empty((pairs, width), dtype=dtype, device=device)
+    first = Epilogue(layer.w13_bias, layer.activation)
+    one = grouped_gemm.plan_packed(*flat_product(x, w13, tiles, k, first, None, dtype))
+    two = grouped_gemm.plan_packed(*flat_product(h, w2, tiles, 1, Epilogue(layer.w2_bias), weights, dtype))
+    for product, source, w, result in ((one, "x", "w13", "h"), (two, "h", "w2", "y")):
+        partial, counters = (f"{w}_partial", "counters") if product.partial else ("", "")
+        parts |= {partial: 4 * product.partial} if partial else {}
+        names = (
+            *(source, w, f"{w}_scale", result, *where, f"{w}_alpha", f"{w}_bias", "weights" if product is two else ""),
+            *(partial, counters),
+        )
+        there = {*GIVEN, *layer.tensors, *parts, "counters"}
+        launches.append((product.launch, tuple(name if name in there else result for name in names)))
+    total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
+    launches.append((total, ("y", "ids", "expert_map", "", "out")))
+
+    ends = [*itertools.accumulate(-(-size // 256) * 256 for size in parts.values())]
+    place = {name: i for i, name in enumerate((*GIVEN, *layer.tensors, *parts, "counters"))}
+    return _Plan(
+        tuple((run, tuple(place.get(name, -1) for name in names)) for run, names in launches),
+        (0, *ends[:-1]),
+        ends[-1],
+        max(p.tiles if p.partial else 0 for p in (one, two)),
+    )

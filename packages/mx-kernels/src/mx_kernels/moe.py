@@ -1,0 +1,76 @@
+"""A whole MoE layer on packed weights, launched at once: what its five steps do, at a third of what they cost the host.
+
+The steps (``moe_align_block_size``, ``grouped_gemm`` twice, ``combine``) check their arguments, find their launches and allocate one
+by one. All of that follows from a few numbers, so a layer that is called again with the same ones needs to do it once.
+Kernels and plan: ``kernels.moe``.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dispatch import direct, kernels
+from .epilogue import Activation
+from .packing import PackedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """The operands of an MoE layer's five steps that stay the same from call to call.
+
+    w13: [E, 2I or I, H], w2: [E, H, I], of ``pack``; biases: [E, 2I or I] and [E, H]; expert_map: int32 [E_global]. All of them were
+    checked by the caller: a layer launches what the steps would, it does not repeat what they refuse.
+    """
+
+    w13: PackedWeight
+    w2: PackedWeight
+    activation: Activation
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+    expert_map: Tensor | None = None
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by their names."""
+        named = {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias, "expert_map": self.expert_map}
+        for name, w in (("w13", self.w13), ("w2", self.w2)):
+            named |= {name: w.data, f"{name}_scale": w.scale, f"{name}_alpha": w.alpha}
+        return {name: t for name, t in named.items() if t is not None}
+
+    @functools.cached_property
+    def key(self) -> object:
+        """What a plan depends on: equal for layers of one shape."""
+        w13, w2 = self.w13, self.w2
+        facts = tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in self.tensors.items())
+        formats = (w13.format, w2.format, w13.gated, w13.layout, w2.gated)
+        return _token((facts, w13.shape, w2.shape, *formats, self.activation))
+
+    def launch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:  # [T, H], [T, k], [T, k] -> [T, H]
+        """The weighted sum over each token's experts, bit for bit what the five steps give, or None: then run those.
+
+        None is the answer to what they do not do in four launches (x in another dtype than the weights are decoded to, ids or weights
+        that are not contiguous int32 and float32, no tokens), to what they refuse, off accelerators with Triton, while
+        something traces or differentiates, and until the steps themselves have compiled their kernels.
+        """
+        if not direct(x, ids, weights) or x.ndim != 2 or ids.ndim != 2 or x.device != self.w13.data.device:
+            return None
+        hidden, dtype = self.w13.shape[2], torch.bfloat16 if self.w13.format is not None else self.w13.data.dtype
+        (tokens, width), k = x.shape, ids.shape[1]
+        if x.dtype != dtype or width != hidden or x.stride(1) != 1 or ids.shape != weights.shape or not tokens or not k:
+            return None
+        if ids.dtype != torch.int32 or weights.dtype != torch.float32 or ids.shape[0] != tokens:
+            return None
+        if not (ids.is_contiguous() and weights.is_contiguous() and ids.device == weights.device == x.device):
+            return None
+        out: Tensor | None = kernels("moe").launch(self, x, ids, weights)
+        return out
+
+
+@functools.cache
+def _token(facts: tuple[object, ...]) -> object:
+    """One object for equal facts, which is cheap to hash."""
+    return object()

@@ -1,0 +1,221 @@
+"""A layer launched at once does what its five steps do: the same launches on the same tensors, the same bits."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+import mx_kernels as mk
+
+E, H, I, K = 32, 256, 128, 4
+OAI = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
+
+
+def steps(layer, x, ids, weights):
+    rows = mk.block_size(ids.numel(), layer.w13.shape[0], x.device, layer.w13)
+    tiles = mk.moe_align_block_size(ids, rows, layer.w13.shape[0], layer.expert_map)
+    epilogue = mk.Epilogue(layer.w13_bias, layer.activation)
+    h = mk.grouped_gemm(x, layer.w13, tiles, top_k=ids.shape[1], epilogue=epilogue)
+    y = mk.grouped_gemm(h, layer.w2, tiles, epilogue=mk.Epilogue(layer.w2_bias, row_weight=weights))
+    return mk.combine(y, tiles)
+
+
+def make_layer(name="mxfp4", *, bias=True, mapped=False, device="cpu"):
+    rows = E // 2 if mapped else E
+    w13, w2 = torch.randn(rows, 2 * I, H, device=device) / 16, torch.randn(rows, H, I, device=device) / 16
+    if name == "bf16":
+        w13, w2 = w13.bfloat16(), w2.bfloat16()
+    else:
+        w13, w2 = mk.quantize(w13, name), mk.quantize(w2, name)
+    expert_map = None
+    if mapped:
+        expert_map = torch.full((E,), -1, dtype=torch.int32, device=device)
+        expert_map[::2] = torch.arange(rows, dtype=torch.int32, device=device)
+    return mk.PackedLayer(
+        mk.pack(w13, gated=True),
+        mk.pack(w2),
+        OAI,
+        torch.randn(rows, 2 * I, device=device) if bias else None,
+        torch.randn(rows, H, device=device).bfloat16() if bias else None,
+        expert_map,
+    )
+
+
+def make_input(tokens, device="cpu"):
+    x = torch.randn(tokens, H, device=device).bfloat16()
+    ids = torch.rand(tokens, E, device=device).topk(K).indices.int()
+    return x, ids, torch.rand(tokens, K, device=device)
+
+
+# --- which launches, without a GPU ---
+
+
+class Ledger:
+    """Stands in for launching: (Launch, the addresses it was given), and takes kernels as compiled once they were launched."""
+
+    def __init__(self, monkeypatch):
+        from mx_kernels.kernels import combine as combine_kernel
+        from mx_kernels.kernels import launch
+        from mx_kernels.kernels import moe as kernel
+
+        self.calls = []
+        for module in ("align", "combine", "packed_gemm", "moe"):
+            monkeypatch.setattr(importlib.import_module(f"mx_kernels.{module}"), "direct", lambda *tensors: True)
+        monkeypatch.setattr(combine_kernel, "target", lambda device: launch.Target(True, True, 132))
+        monkeypatch.setattr(importlib.import_module("mx_kernels.align"), "has_triton", lambda: True)
+        on_a_gpu = property(lambda t: t.device.type == "cpu")
+        monkeypatch.setattr(torch.Tensor, "is_xpu", on_a_gpu, raising=False)
+        monkeypatch.setattr(kernel, "ready", lambda device: True)
+        monkeypatch.setattr(kernel, "current_stream", lambda device: 0)
+        monkeypatch.setattr(launch.Launch, "__call__", lambda run, *tensors: self.step(run, tensors))
+        monkeypatch.setattr(launch.Launch, "run", lambda run, stream, places: self.calls.append((run, [*places])))
+
+    def step(self, run, tensors):
+        run.compiled = run
+        self.calls.append((run, [None if t is None else t.data_ptr() for t in tensors]))
+
+    def take(self):
+        calls, self.calls = self.calls, []
+        return calls
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300, 3000])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "bf16"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_launches_of_the_steps(monkeypatch, tokens, name, mapped):
+    pytest.importorskip("triton")
+    layer, (x, ids, weights) = make_layer(name, bias=tokens != 40, mapped=mapped), make_input(tokens)
+    given = {t.data_ptr() for t in (x, ids, weights, *layer.tensors.values())}
+    ledger = Ledger(monkeypatch)
+    assert layer.launch(x, ids, weights) is None  # nothing is compiled yet
+    assert ledger.take() == []
+    steps(layer, x, ids, weights)
+    want = ledger.take()
+    out = layer.launch(x, ids, weights)
+    got = ledger.take()
+    assert out.shape == x.shape
+    assert out.dtype == x.dtype
+    assert [run for run, _ in got] == [run for run, _ in want]
+    assert got[-1][1][-1] == out.data_ptr()
+    for (run, theirs), (_, ours) in zip(want, got, strict=True):
+        for parameter, a, b in zip(run.kernel.arg_names, theirs, ours):
+            assert (a is None) == (b is None), parameter
+            if a in given or b in given:  # what the kernel does not read may be anything
+                assert a == b or (parameter in ("sorted_ids", "num_padded") and len(got) == 3), parameter
+    written = {"h": got[-3][1][3], "y": got[-2][1][3]}
+    assert got[-2][1][0] == written["h"]
+    assert got[-1][1][0] == written["y"]
+    if len(got) > 3:
+        assert got[-3][1][4:7] == got[-2][1][4:7] == got[-4][1][-3:]  # sorted_ids, expert_ids, num_padded
+    if len(got) > 4:
+        assert got[-5][1][2:] == got[-4][1][2:4]  # ranks, counts
+
+
+@pytest.mark.compile
+def test_parts_of_the_workspace_do_not_overlap(monkeypatch):
+    pytest.importorskip("triton")
+    from mx_kernels.kernels import moe as kernel
+
+    layers = [make_layer(mapped=mapped) for mapped in (False, True)]
+    ledger = Ledger(monkeypatch)
+    for tokens, layer in itertools.product((1, 3, 40, 700, 5000), layers):
+        x, ids, weights = make_input(tokens)
+        plan = kernel._plan(layer, x, ids, weights)
+        assert plan.offsets == tuple(sorted(plan.offsets))
+        assert all(offset % 256 == 0 for offset in plan.offsets)
+        pairs = tokens * K
+        assert plan.offsets[1] >= pairs * I * 2
+        assert (*plan.offsets, plan.size)[2] - plan.offsets[1] >= pairs * H * 2
+        # The alignment's parts, where there are any.
+        assert len(plan.offsets) == 2 or plan.size - plan.offsets[2] >= 4 * pairs or plan.counters
+    assert ledger.take() == []
+
+
+@pytest.mark.compile
+def test_one_plan_for_layers_of_one_shape(monkeypatch):
+    pytest.importorskip("triton")
+    a, b, c = make_layer(), make_layer(), make_layer(bias=False)
+    assert a.key is b.key
+    assert a.key is not c.key
+
+
+def test_refuses_where_the_steps_must_run():
+    layer, (x, ids, weights) = make_layer(), make_input(8)
+    assert layer.launch(x, ids, weights) is None  # the CPU
+
+
+# --- bits, on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3", "nvfp4", "bf16"])
+def test_same_bits(name, mapped):
+    layer = make_layer(name, mapped=mapped, device="cuda")
+    for tokens in (1, 7, 64, 1000, 3000):
+        x, ids, weights = make_input(tokens, "cuda")
+        want = steps(layer, x, ids, weights)
+        for _ in range(3):
+            got = layer.launch(x, ids, weights)
+            assert got is not None
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_strided_unaligned_and_empty():
+    layer = make_layer(device="cuda")
+    x, ids, weights = make_input(200, "cuda")
+    steps(layer, x, ids, weights)
+    wide = torch.randn(200, H + 64, device="cuda").bfloat16()
+    part = wide[:, :H]
+    steps(layer, part, ids, weights)
+    assert torch.equal(layer.launch(part, ids, weights), steps(layer, part.contiguous(), ids, weights))
+    assert layer.launch(wide[:, 1 : H + 1], ids, weights) is None  # not aligned to 16 bytes
+    assert layer.launch(x.float(), ids, weights) is None
+    assert layer.launch(x, ids.long(), weights) is None
+    assert layer.launch(x, ids.t().contiguous().t(), weights) is None
+    assert layer.launch(x[:0], ids[:0], weights[:0]) is None
+    assert layer.launch(x.requires_grad_(), ids, weights) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_cuda_graph_and_streams(tokens):
+    layer = make_layer(device="cuda")
+    x, ids, weights = make_input(tokens, "cuda")
+    steps(layer, x, ids, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.launch(x, ids, weights)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, steps(layer, x, ids, weights))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        got = layer.launch(x, ids, weights)
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(got, out)
+
+
+@pytest.mark.gpu
+def test_a_profiler_sees_every_launch():
+    import triton
+
+    layer = make_layer(device="cuda")
+    x, ids, weights = make_input(100, "cuda")
+    steps(layer, x, ids, weights)
+    seen = []
+    hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert layer.launch(x, ids, weights) is None
+        steps(layer, x, ids, weights)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(seen) == 4

@@ -23,7 +23,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..formats import FORMATS
-from ..tuning import SHARED, UNITS, Config, Problem, choose_config
+from ..tuned import config_for
+from ..tuning import SHARED, UNITS, Config, Problem
 from .dot import packed_dot
 from .epilogue import outputs, store
 
@@ -395,7 +396,7 @@ def _plan(
         )
     units, shared, dependent = _facts(device)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
-    c = config or choose_config(problem, block, units, shared)
+    c = config or config_for(problem, block, device, units, shared)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
     pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1

@@ -70,6 +70,18 @@ SHAPES = {
 }
 
 
+def find_shape(name: str) -> Shape:
+    """A shape by name, or "H,I,E,k,silu" / "H,I,E,k,swiglu_oai"; ValueError says what is known."""
+    if name in SHAPES:
+        return SHAPES[name]
+    parts = name.split(",")
+    kinds = {"silu": SILU, "swiglu_oai": SWIGLU_OAI}
+    if len(parts) != 5 or not all(p.isdigit() for p in parts[:4]) or parts[4] not in kinds:
+        raise ValueError(f"no shape {name!r}: needs H,I,E,k,silu or H,I,E,k,swiglu_oai, or one of {', '.join(SHAPES)}")
+    h, i, e, k = map(int, parts[:4])
+    return Shape(name.replace(",", "x"), h, i, e, k, kinds[parts[4]])
+
+
 def routing(
     shape: Shape, tokens: int, seed: int, skew: float = 0.0, device: str = "cuda"
 ) -> tuple[torch.Tensor, torch.Tensor]:

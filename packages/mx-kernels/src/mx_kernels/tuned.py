@@ -73,7 +73,7 @@ def distance(a: Problem, b: Problem) -> float:
     if (a.element, a.block, a.num_pairs <= 64) != (b.element, b.block, b.num_pairs <= 64):
         return math.inf
     ratios = (
-        a.num_pairs / a.num_experts * b.num_experts / b.num_pairs,
+        a.num_pairs * b.num_experts / (a.num_experts * b.num_pairs),
         a.active / b.active,
         a.n / b.n,
         a.k / b.k,

@@ -63,7 +63,7 @@ def place(device: torch.device) -> tuple[str, int]:
 
 
 def class_of(name: str) -> str:
-    """A device's name without maker, memory and form ("H200", "MI300X"): its first word with a capital and a digit, else all."""
+    """A device's name without maker, memory and form ("H200", "MI300X"): its first word of capitals and digits, else all."""
     found = re.search(r"\b(?=[A-Z]+\d)[A-Z0-9]+\b", name)
     return found.group() if found else name
 
@@ -84,7 +84,7 @@ def distance(a: Problem, b: Problem) -> float:
 def nearest(
     p: Problem, where: tuple[str, int], pairs: int | None, rows: tuple[Row, ...], runs: tuple[Run, ...]
 ) -> Row | None:
-    """The nearest row measured at ``where`` within ``NEAR``; with ``pairs``: of those whose blocks hold so many. Ties: the first."""
+    """The nearest row measured at ``where`` within ``NEAR`` (ties: the first); ``pairs``: of those whose blocks hold so many."""
     here = [
         (distance(p, row.problem), row)
         for row in rows

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from cases import FORMATS, Shape, describe, find_shape, routing
 from torch import Tensor
-from tune_candidates import SETS, Job, jobs, model, problem_of, short
+from tune_candidates import SETS, Job, jobs, model, problem_of, short, size_of
 from tune_rows import merge, render, row_of
 
 import mx_kernels as mk
@@ -44,17 +44,10 @@ TURNS = 5  # how often the model's pair and the best one are measured in turns
 # --- operands ---
 
 
-def activation(shape: Shape) -> mk.Activation:
-    """gpt-oss keeps its gates and ups interleaved."""
-    a = shape.activation
-    return replace(a, layout="interleaved") if a.kind == "swiglu_oai" else a
-
-
 def random_weight(shape: Shape, fmt: str, gemm: int, device: str) -> PackedWeight:
     """Random finite codes in the packed layout, without packing anything; on "meta" nothing but sizes."""
-    n, k = Job(shape, fmt, 1, gemm, Config(16, 64, 64, 4, 2)).size
-    act = activation(shape) if gemm == 1 else None
-    gated, layout = act is not None, act.layout if act else "concatenated"
+    n, k = size_of(shape, gemm)
+    gated, layout = gemm == 1, "concatenated"  # experts are packed so, whatever their activation's layout
     whole = torch.Size((shape.experts, n, k))
     if fmt == "bf16":
         data = torch.empty(whole, dtype=torch.bfloat16, device=device)
@@ -110,7 +103,7 @@ class Operands:
         import mx_kernels.kernels.grouped_gemm as kernel
 
         if job_gemm == 1:
-            epilogue = mk.Epilogue(self.biases[0], activation(shape))
+            epilogue = mk.Epilogue(self.biases[0], shape.activation)
             args = flat_product(self.x, w, tiles, shape.top_k, epilogue, None, torch.bfloat16)
         else:
             args = flat_product(self.h, w, tiles, 1, mk.Epilogue(self.biases[1]), self.weight, torch.bfloat16)
@@ -161,7 +154,7 @@ def compile_one(job: Job) -> str | None:
 
     kernel._launch = warm
     try:
-        tiles = sizes_of_tiles(job.pairs, job.shape.top_k, job.shape.experts, job.config.pairs)
+        tiles = sizes_of_tiles(job.pairs, job.shape.top_k, job.shape.experts, job.block)
         w = random_weight(job.shape, job.fmt, job.gemm, "meta")
         Operands.make(job.shape, job.tokens, "meta").product(job.gemm, job.shape, w, tiles, job.config)
     except Exception as error:  # a candidate that does not compile is one fewer
@@ -175,7 +168,7 @@ def kernels_of(todo: list[Job]) -> list[Job]:
     for j in todo:
         for c in {j.config, replace(j.config, pdl=True)} if j.tokens <= 16 else {j.config}:
             route = (j.pairs <= 64, j.tokens == 1, j.pairs > j.shape.experts)
-            kinds.setdefault((j.shape, j.fmt, j.gemm, c, route), replace(j, config=c))
+            kinds.setdefault((j.shape, j.fmt, j.gemm, j.block, c, route), replace(j, config=c))
     return list(kinds.values())
 
 
@@ -224,25 +217,26 @@ class Cell:
         self.active = statistics.mean(len(i.unique()) for i in self.ids)
         self.tiles: dict[int, list[mk.Alignment]] = {}
 
-    def run(self, gemm: int, c: Config) -> Callable[[int], Tensor]:
+    def run(self, gemm: int, block: int, c: Config) -> Callable[[int], Tensor]:
         """The product of a layer."""
-        if c.pairs not in self.tiles:
+        if block not in self.tiles:
             few = self.tokens * self.shape.top_k <= 64
-            self.tiles[c.pairs] = [
+            self.tiles[block] = [
                 mk.Alignment(i, self.shape.experts, 16, None, i.flatten(), i.flatten()[:0])
                 if few
-                else mk.moe_align_block_size(i, c.pairs, self.shape.experts)
+                else mk.moe_align_block_size(i, block, self.shape.experts, sort=True)
                 for i in self.ids
             ]
-        w, tiles = self.weights[gemm], self.tiles[c.pairs]
+        w, tiles = self.weights[gemm], self.tiles[block]
         return lambda r: self.given.product(gemm, self.shape, w[r % len(w)], tiles[r], c)
 
-    def pair(self, first: Config, second: Config) -> Callable[[int], None]:
-        a, b = self.run(1, first), self.run(2, second)
+    def pair(self, block: int, configs: dict[int, Config]) -> Callable[[int], None]:
+        """Both products of a layer."""
+        first, second = (self.run(g, block, configs[g]) for g in (1, 2))
 
         def run(r: int) -> None:
-            a(r)
-            b(r)
+            first(r)
+            second(r)
 
         return run
 
@@ -256,10 +250,22 @@ class Cell:
                 times[i].append(median(graphs[i], 4) / self.layers)
         return [statistics.median(t) for t in times]
 
-    def agrees(self, gemm: int, a: Config, b: Config) -> bool:
-        """Whether two configurations compute the same product, up to the order of their sums."""
-        x, y = self.run(gemm, a)(0).float(), self.run(gemm, b)(0).float()
+    def agrees(self, gemm: int, a: tuple[int, Config], b: tuple[int, Config]) -> bool:
+        """Whether two configurations with their blocks compute the same product, up to the order of their sums."""
+        x, y = (self.run(gemm, *c)(0).float() for c in (a, b))
         return bool((x - y).norm() <= 1e-2 * x.norm())
+
+
+def best_pair(times: dict[int, dict[tuple[int, Config], float]]) -> tuple[int, dict[int, Config]]:
+    """The block of pairs, and each GEMM's configuration for it, with the least sum."""
+    best: dict[int, dict[int, tuple[float, Config]]] = {}
+    for g, found in times.items():
+        for (block, c), us in found.items():
+            here = best.setdefault(block, {})
+            if g not in here or us < here[g][0]:
+                here[g] = (us, c)
+    block = min((b for b in best if len(best[b]) == 2), key=lambda b: best[b][1][0] + best[b][2][0])
+    return block, {g: best[block][g][1] for g in (1, 2)}
 
 
 def measure(cell: Cell, todo: list[Job], units: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -267,51 +273,52 @@ def measure(cell: Cell, todo: list[Job], units: int) -> tuple[list[dict[str, Any
     shape, fmt, tokens = cell.shape, cell.fmt, cell.tokens
     where = {"shape": shape.name, "format": fmt, "tokens": tokens}
     records: list[dict[str, Any]] = []
-    times: dict[int, dict[Config, float]] = {1: {}, 2: {}}
+    times: dict[int, dict[tuple[int, Config], float]] = {1: {}, 2: {}}
     lines = []
     for gemm in (1, 2):
         for job in (j for j in todo if j.gemm == gemm):
             try:
-                times[gemm][job.config] = us = timed(cell.run(gemm, job.config), cell.layers, cell.budget)
+                us = timed(cell.run(gemm, job.block, job.config), cell.layers, cell.budget)
             except Exception as error:  # too many resources: the next candidate
                 print(f"  {where} GEMM{gemm} {short(job.config)}: {error!r:.200}", flush=True)
                 if "CUDA error" in str(error):
                     raise SystemExit(1) from error
                 continue
-            records.append({**where, "gemm": gemm, "us": us, "config": asdict(job.config)})
+            times[gemm][job.block, job.config] = us
+            records.append({**where, "gemm": gemm, "us": us, "block": job.block, "config": asdict(job.config)})
         best = sorted(times[gemm].items(), key=lambda found: found[1])[:4]
-        lines.append(f"  GEMM{gemm} " + "  ".join(f"{short(c)} {us:.1f}" for c, us in best))
-    chosen = model(shape, fmt, tokens, units)
+        lines.append(f"  GEMM{gemm} " + "  ".join(f"{block}:{short(c)} {us:.1f}" for (block, c), us in best))
+    model_block, chosen = model(shape, fmt, tokens, units)
     base = {g: replace(c, pdl=False) for g, c in chosen.items()}
-    blocks = {c.pairs for c in times[1]} & {c.pairs for c in times[2]}
-    best_of = {
-        (g, b): min((us, i, c) for i, (c, us) in enumerate(times[g].items()) if c.pairs == b)
-        for g in (1, 2)
-        for b in blocks
-    }
-    block = min(blocks, key=lambda b: best_of[1, b][0] + best_of[2, b][0])
-    found = {g: best_of[g, block][2] for g in (1, 2)}
-    if block == base[1].pairs:  # a GEMM that gains nothing keeps the model's configuration
-        found = {g: c if times[g][c] < (1 - MARGIN) * times[g][base[g]] else base[g] for g, c in found.items()}
+    block, found = best_pair(times)
+    if block == model_block:  # a GEMM that gains nothing keeps the model's configuration
+        for g in (1, 2):
+            if times[g][block, found[g]] > (1 - MARGIN) * times[g][block, base[g]]:
+                found[g] = base[g]
     dependent = chosen[2].pdl  # GEMM 2 starts before GEMM 1 has ended
-    pairs = {"model": {1: base[1], 2: chosen[2]}, "found": {1: found[1], 2: replace(found[2], pdl=dependent)}}
+    pairs = {
+        "model": (model_block, {1: base[1], 2: chosen[2]}),
+        "found": (block, {1: found[1], 2: replace(found[2], pdl=dependent)}),
+    }
     if tokens <= 16:
-        pairs["found, other pdl"] = {1: found[1], 2: replace(found[2], pdl=not dependent)}
-    us = dict(zip(pairs, cell.in_turns([cell.pair(c[1], c[2]) for c in pairs.values()]), strict=True))
-    records.append({**where, "gemm": "pair", "us": us})
-    won = min((name for name in us if name != "model"), key=us.__getitem__)
+        pairs["found, other pdl"] = (block, {1: found[1], 2: replace(found[2], pdl=not dependent)})
+    us_of = dict(zip(pairs, cell.in_turns([cell.pair(*p) for p in pairs.values()]), strict=True))
+    records.append({**where, "gemm": "pair", "us": us_of})
+    won = min((name for name in us_of if name != "model"), key=us_of.__getitem__)
     rows: list[dict[str, Any]] = []
-    if us[won] < (1 - MARGIN) * us["model"]:
-        for g in (g for g in (1, 2) if pairs[won][g] != pairs["model"][g]):
-            if not cell.agrees(g, base[g], found[g]):
+    if us_of[won] < (1 - MARGIN) * us_of["model"]:
+        final = pairs[won][1]
+        for g in (g for g in (1, 2) if (block, final[g]) != (model_block, pairs["model"][1][g])):
+            new, old = (block, found[g]), (model_block, base[g])
+            if not cell.agrees(g, old, new):
                 print(f"  {where} GEMM{g} {short(found[g])} differs from {short(base[g])}: no row", flush=True)
                 rows.clear()
                 break
-            now = cell.in_turns([cell.run(g, found[g]), cell.run(g, base[g])])
-            rows.append(row_of(problem_of(shape, fmt, tokens, g), pairs[won][g], *now))
+            now = cell.in_turns([cell.run(g, *new), cell.run(g, *old)])
+            rows.append(row_of(problem_of(shape, fmt, tokens, g), block, final[g], *now))
     floor = shape.floor_us(fmt, tokens, cell.active)
     print(
-        f"{shape.name} {fmt} T={tokens}: " + ", ".join(f"{name} {t:.1f}" for name, t in us.items()),
+        f"{shape.name} {fmt} T={tokens}: " + ", ".join(f"{name} {t:.1f}" for name, t in us_of.items()),
         f"us, floor {floor:.1f}, {len(rows)} rows",
         *(f"\n{line}" for line in lines),
         flush=True,

@@ -9,7 +9,7 @@ from cases import Shape
 
 import mx_kernels as mk
 from mx_kernels import tuned
-from mx_kernels.tuning import Config, Problem, block_pairs, choose_config
+from mx_kernels.tuning import Config, Problem, choose_config
 
 SETS = "chosen,near,decode,split,mid,prefill,wide"
 SHARED = 232448  # bytes of shared memory of a program on sm_90
@@ -17,38 +17,38 @@ SHARED = 232448  # bytes of shared memory of a program on sm_90
 
 @dataclass(frozen=True)
 class Job:
-    """One candidate of one GEMM (1 or 2) of a layer."""
+    """One candidate of one GEMM (1 or 2) of a layer; block: pairs of a block of the alignment."""
 
     shape: Shape
     fmt: str
     tokens: int
     gemm: int
+    block: int
     config: Config
 
     @property
     def pairs(self) -> int:
         return self.tokens * self.shape.top_k
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(n, k)."""
-        s = self.shape
-        return (2 * s.intermediate, s.hidden) if self.gemm == 1 else (s.hidden, s.intermediate)
+
+def size_of(shape: Shape, gemm: int) -> tuple[int, int]:
+    """(n, k)."""
+    return (2 * shape.intermediate, shape.hidden) if gemm == 1 else (shape.hidden, shape.intermediate)
 
 
 def problem_of(shape: Shape, fmt: str, tokens: int, gemm: int) -> Problem:
     """What the chooser is asked for."""
-    n, k = Job(shape, fmt, tokens, gemm, Config(16, 64, 64, 4, 2)).size
+    n, k = size_of(shape, gemm)
     f = None if fmt == "bf16" else mk.get_format(fmt)
     element = "" if f is None else "e2m1" if f.element.bits == 4 else "e5m2" if f.element.name == "e5m2" else "e4m3"
     return Problem(element, 32 if f is None else f.block, tokens * shape.top_k, shape.experts, -(-n // 16) * 16, k)
 
 
-def model(shape: Shape, fmt: str, tokens: int, units: int) -> dict[int, Config]:
-    """What the model takes for both GEMMs, measured rows apart."""
-    pairs = tokens * shape.top_k
-    block = 16 if pairs <= 64 else block_pairs(pairs, shape.experts, fmt == "nvfp4")
-    return {g: choose_config(problem_of(shape, fmt, tokens, g), block, units) for g in (1, 2)}
+def model(shape: Shape, fmt: str, tokens: int, units: int) -> tuple[int, dict[int, Config]]:
+    """(pairs of a block, configurations of both GEMMs) that the model takes, measured rows apart."""
+    problems = {g: problem_of(shape, fmt, tokens, g) for g in (1, 2)}
+    block = 16 if tokens * shape.top_k <= 64 else tuned.model_block(problems[1])
+    return block, {g: choose_config(p, block, units) for g, p in problems.items()}
 
 
 def near(c: Config, pairs: int) -> list[Config]:
@@ -98,23 +98,31 @@ def candidates(fmt: str, pairs: int, experts: int, which: str) -> list[Config]:
             out.append(Config(128, 256, step, 8, 3, group=8, levels=levels, mask=each < 256))
             out.append(Config(128, 128, step, 8, 2, group=8, levels=levels, maxnreg=128))
     if "wide" in sets and each >= 64:
-        for stages, bk, levels in itertools.product((2, 3, 4), (64, 128), (1, 3)):
-            out.append(Config(256, 128, bk, 8, stages, group=8, levels=levels))
+        for stages, group, mask in itertools.product((3, 4), (1, 8), (True, False)):
+            out.append(Config(256, 128, step, 8, stages, group=group, levels=3, mask=mask))
+        for group, mask in ((1, True), (8, True), (8, False)):
+            out.append(Config(128, 128, 64, 4, 5 if "4" in fmt else 4, group=group, levels=3, mask=mask))
     return out
 
 
 def jobs(shape: Shape, fmt: str, tokens: list[int], sets: str, units: int) -> list[Job]:
-    """All candidates of a batch; of each cell the model's choice is the first."""
+    """All candidates of a batch; of each cell the model's choice is the first.
+
+    A block of the alignment holds the pairs of a configuration; twice as many are tried where that is the model's block, or 256.
+    """
     out: list[Job] = []
     for t, gemm in itertools.product(tokens, (1, 2)):
         p = problem_of(shape, fmt, t, gemm)
-        first = replace(model(shape, fmt, t, units)[gemm], pdl=False)
+        block, chosen = model(shape, fmt, t, units)
+        first = replace(chosen[gemm], pdl=False)
         found = [first, *(near(first, p.num_pairs) if "near" in sets.split(",") else [])]
         found += candidates(fmt, p.num_pairs, p.num_experts, sets)
+        out.append(Job(shape, fmt, t, gemm, block, first))
         for c in dict.fromkeys(found):
-            if c == first or (tuned.legal(c, p, SHARED) and (p.num_pairs > 64 or c.pairs == 16)):
-                out.append(Job(shape, fmt, t, gemm, c))
-    return out
+            if tuned.legal(c, p, SHARED) and (p.num_pairs > 64 or c.pairs == 16):
+                blocks = {c.pairs} | ({2 * c.pairs} & {block, 256} if p.num_pairs > 64 else set())
+                out += [Job(shape, fmt, t, gemm, b, c) for b in sorted(blocks)]
+    return list(dict.fromkeys(out))
 
 
 def short(c: Config) -> str:

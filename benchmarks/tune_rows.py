@@ -13,9 +13,15 @@ from mx_kernels.tuning import Config, Problem
 Rows = tuple[tuple[Run, ...], tuple[Row, ...]]
 
 
-def row_of(p: Problem, c: Config, us: float, model_us: float) -> dict[str, Any]:
+def row_of(p: Problem, block: int, c: Config, us: float, model_us: float) -> dict[str, Any]:
     """A measured row, as tune.json holds it."""
-    return {"problem": asdict(p), "config": asdict(c), "us": round(us, 2), "model_us": round(model_us, 2)}
+    return {
+        "problem": asdict(p),
+        "block": block,
+        "config": asdict(c),
+        "us": round(us, 2),
+        "model_us": round(model_us, 2),
+    }
 
 
 def merge(runs: tuple[Run, ...], rows: tuple[Row, ...], results: Iterable[dict[str, Any]]) -> Rows:
@@ -23,14 +29,17 @@ def merge(runs: tuple[Run, ...], rows: tuple[Row, ...], results: Iterable[dict[s
 
     So a row goes where the model has become as good. Runs that no row refers to are left out.
     """
-    kept = [(runs[r.run], r.problem, r.config, r.us, r.model_us) for r in rows]
+    kept = [(runs[r.run], r.problem, r.block, r.config, r.us, r.model_us) for r in rows]
     for result in results:
         w = result["where"]
         run = Run(class_of(w["device"]), w["units"], w["torch"], w["triton"], w["date"])
         measured = {Problem(**p) for p in result["measured"]}
         place = (run.device, run.units)
         kept = [k for k in kept if (k[0].device, k[0].units) != place or k[1] not in measured]
-        kept += [(run, Problem(**r["problem"]), Config(**r["config"]), r["us"], r["model_us"]) for r in result["rows"]]
+        kept += [
+            (run, Problem(**r["problem"]), r["block"], Config(**r["config"]), r["us"], r["model_us"])
+            for r in result["rows"]
+        ]
     kept.sort(key=lambda k: (k[0].device, k[0].units, *vars(k[1]).values()))
     order = tuple(dict.fromkeys(sorted((k[0] for k in kept), key=lambda run: tuple(vars(run).values()))))
     return order, tuple(Row(order.index(run), *rest) for run, *rest in kept)

@@ -65,7 +65,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def test_a_row_serves_its_problem_and_near_ones(rows):
-    rows(Row(0, P, ODD, 100.0, 120.0))
+    rows(Row(0, P, 64, ODD, 100.0, 120.0))
     for p in (
         P,
         replace(P, num_pairs=5000),
@@ -90,31 +90,31 @@ def test_a_row_serves_its_problem_and_near_ones(rows):
     ],
 )
 def test_far_problems_follow_the_model(rows, far):
-    rows(Row(0, P, ODD, 100.0, 120.0))
+    rows(Row(0, P, 64, ODD, 100.0, 120.0))
     assert distance(far, P) > tuned.NEAR
     assert tuned.config_for(far, 64, CUDA) == choose_config(far, 64)
 
 
 @pytest.mark.parametrize("place", [("H100", 132), ("H200", 114), ("", 0)])
 def test_rows_of_other_devices_do_not_count(rows, place):
-    rows(Row(0, P, ODD, 100.0, 120.0), place=place)
+    rows(Row(0, P, 64, ODD, 100.0, 120.0), place=place)
     assert tuned.config_for(P, 64, CUDA) == choose_config(P, 64)
     assert tuned.block_for(P, CUDA) == 64
 
 
 def test_the_nearest_row_counts(rows):
     near, nearer = replace(P, num_pairs=5200), replace(P, num_pairs=4400)
-    rows(Row(0, near, ODD, 1.0, 2.0), Row(0, nearer, replace(ODD, stages=3), 1.0, 2.0))
+    rows(Row(0, near, 64, ODD, 1.0, 2.0), Row(0, nearer, 64, replace(ODD, stages=3), 1.0, 2.0))
     assert tuned.config_for(P, 64, CUDA).stages == 3
     assert tuned.config_for(near, 64, CUDA).stages == 2
 
 
 def test_a_row_that_does_not_fit_is_left(rows):
     huge = replace(ODD, rows=256, step=128, stages=8)
-    rows(Row(0, P, huge, 1.0, 2.0))
+    rows(Row(0, P, 64, huge, 1.0, 2.0))
     assert tuned.config_for(P, 64, CUDA) == choose_config(P, 64)
     fine = Problem("e2m1", 32, 4, 128, 5760, 448)
-    rows(Row(0, fine, Config(16, 128, 128, 4, 3, split=4), 1.0, 2.0))
+    rows(Row(0, fine, 16, Config(16, 128, 128, 4, 3, split=4), 1.0, 2.0))
     assert tuned.config_for(fine, 16, CUDA).split == 4
     assert tuned.config_for(replace(fine, k=384), 16, CUDA) == choose_config(replace(fine, k=384), 16)
 
@@ -122,7 +122,7 @@ def test_a_row_that_does_not_fit_is_left(rows):
 def test_the_alignment_of_a_layer_asks_the_rows(rows):
     w = mk.pack(mk.quantize(torch.randn(128, 32, 64), mk.MXFP4))
     assert mk.block_size(2048, 128, "cuda", w) == 32
-    rows(Row(0, w.problem(2048, 128), replace(ODD, pairs=128), 1.0, 2.0))
+    rows(Row(0, w.problem(2048, 128), 128, ODD, 1.0, 2.0))
     assert mk.block_size(2048, 128, "cuda", w) == 128
     assert mk.block_size(2048, 128, "cpu", w) == 16
 
@@ -176,7 +176,7 @@ def writer():
 
 def result(measured: list[Problem], rows: list[tuple[Problem, Config]], date: str = "2026-11-25") -> dict:
     where = {"device": "NVIDIA H200", "units": 132, "torch": "2.11.0", "triton": "3.6.0", "date": date}
-    made = [{"problem": asdict(p), "config": asdict(c), "us": 1.5, "model_us": 2.25} for p, c in rows]
+    made = [{"problem": asdict(p), "block": c.pairs, "config": asdict(c), "us": 1.5, "model_us": 2.25} for p, c in rows]
     return {"where": where, "measured": [asdict(p) for p in measured], "rows": made}
 
 

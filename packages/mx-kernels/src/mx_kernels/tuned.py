@@ -37,10 +37,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured problem. us: of ``config``; model_us: of what the model chose, in turns with it. run: index into ``RUNS``."""
+    """One measured problem.
+
+    run: index into ``RUNS``. block: pairs of a block of the alignment. us: of ``config``; model_us: of what the model chose, in
+    turns with it, each with its own blocks.
+    """
 
     run: int
     problem: Problem
+    block: int
     config: Config
     us: float
     model_us: float
@@ -82,13 +87,13 @@ def distance(a: Problem, b: Problem) -> float:
 
 
 def nearest(
-    p: Problem, where: tuple[str, int], pairs: int | None, rows: tuple[Row, ...], runs: tuple[Run, ...]
+    p: Problem, where: tuple[str, int], block: int | None, rows: tuple[Row, ...], runs: tuple[Run, ...]
 ) -> Row | None:
-    """The nearest row measured at ``where`` within ``NEAR`` (ties: the first); ``pairs``: of those whose blocks hold so many."""
+    """The nearest row measured at ``where`` within ``NEAR`` (ties: the first); ``block``: of those with blocks of so many pairs."""
     here = [
         (distance(p, row.problem), row)
         for row in rows
-        if (runs[row.run].device, runs[row.run].units) == where and pairs in (None, row.config.pairs)
+        if (runs[row.run].device, runs[row.run].units) == where and block in (None, row.block)
     ]
     best = min(here, key=lambda found: found[0], default=None)
     return best[1] if best is not None and best[0] <= NEAR else None
@@ -104,12 +109,12 @@ def legal(c: Config, p: Problem, shared: int) -> bool:
     )
 
 
-def config_for(p: Problem, pairs: int, device: torch.device, units: int = UNITS, shared: int = SHARED) -> Config:
-    """The configuration for blocks of ``pairs`` pairs: of a near measured row, else the model's."""
-    row = nearest(p, place(device), pairs, ROWS, RUNS) if ROWS else None
+def config_for(p: Problem, block: int, device: torch.device, units: int = UNITS, shared: int = SHARED) -> Config:
+    """The configuration for blocks of ``block`` pairs: of a near measured row, else the model's."""
+    row = nearest(p, place(device), block, ROWS, RUNS) if ROWS else None
     if row is not None and legal(row.config, p, shared):
         return row.config
-    return choose_config(p, pairs, units, shared)
+    return choose_config(p, block, units, shared)
 
 
 def block_for(p: Problem, device: torch.device) -> int:
@@ -118,8 +123,11 @@ def block_for(p: Problem, device: torch.device) -> int:
     Rows are passed over while tracing, where the number of pairs may be a symbol.
     """
     row = None if torch.compiler.is_compiling() or not ROWS else _row(p, device)
-    if row is not None:
-        return row.config.pairs
+    return model_block(p) if row is None else row.block
+
+
+def model_block(p: Problem) -> int:
+    """The model's block size."""
     return block_pairs(p.num_pairs, p.num_experts, p.element == "")
 
 

@@ -29,14 +29,20 @@ def ceilings(size: int = 4 << 30) -> Ceilings:
     a = torch.randint(0, 127, (size,), dtype=torch.int8, device="cuda").view(torch.int32)
     out = torch.empty(a.numel() // (block * steps), dtype=torch.int32, device="cuda")
     read = time_graph([functools.partial(_read_kernel[(out.numel(),)], a, out, block, steps, num_warps=8)])
-    copying = functools.partial(torch.empty_like(a).copy_, a)
-    copy = min(_stream_us(copying), time_graph([copying]))  # a graph's copy takes another path
-    del a, copying
+    del a, out
+    copy = copy_gb_s(size)
     x, y = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     torch.cuda.synchronize()
     time.sleep(1)  # a rested card runs a short burst at higher clocks
-    matmul = _stream_us(lambda: x @ y)
-    return Ceilings(size / read * 1e-3, 2 * size / copy * 1e-3, 2 * 8192**3 / matmul * 1e-6)
+    matmul = _stream_us(functools.partial(torch.mm, x, y))
+    return Ceilings(size / read * 1e-3, copy, 2 * 8192**3 / matmul * 1e-6)
+
+
+def copy_gb_s(size: int = 2 << 30) -> float:
+    """GB/s of a device-to-device copy, read + write: plain or in a graph, where it takes another path."""
+    source = torch.randint(0, 127, (size,), dtype=torch.int8, device="cuda")
+    copying = functools.partial(torch.empty_like(source).copy_, source)
+    return 2 * size / min(_stream_us(copying), time_graph([copying])) * 1e-3
 
 
 def _stream_us(run, times: int = 10) -> float:

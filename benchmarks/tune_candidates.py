@@ -11,7 +11,7 @@ import mx_kernels as mk
 from mx_kernels import tuned
 from mx_kernels.tuning import Config, Problem, choose_config
 
-SETS = "chosen,near,decode,split,mid,prefill,wide"
+SETS = "near,decode,split,mid,prefill,wide,steps"
 SHARED = 232448  # bytes of shared memory of a program on sm_90
 
 
@@ -100,8 +100,32 @@ def candidates(fmt: str, pairs: int, experts: int, which: str) -> list[Config]:
     if "wide" in sets and each >= 64:
         for stages, group, mask in itertools.product((3, 4), (1, 8), (True, False)):
             out.append(Config(256, 128, step, 8, stages, group=group, levels=3, mask=mask))
-        for group, mask in ((1, True), (8, True), (8, False)):
-            out.append(Config(128, 128, 64, 4, 5 if "4" in fmt else 4, group=group, levels=3, mask=mask))
+    if "steps" in sets:
+        out += steps(fmt, pairs, each)
+    return out
+
+
+def steps(fmt: str, pairs: int, each: float) -> list[Config]:
+    """Steps of 64 columns with more stages."""
+    out: list[Config] = []
+    levels = 3 if each >= 48 else 2
+    deep = 5 if "4" in fmt else 4
+    if fmt == "bf16":
+        if each >= 28:
+            out += [Config(256, 128, 64, 8, 4, group=group, levels=3) for group in (1, 4)]
+            out += [Config(128, 256, 64, 8, 4, group=group, levels=3) for group in (1, 8)]
+            out += [Config(128, 128, 64, 4, 3, levels=3), Config(64, 128, 64, 4, 4, levels=3)]
+        return out
+    if pairs > 64 and each <= 12:
+        out += [Config(16, 128, 64, 4, stages, maxnreg=128) for stages in (5, 6, 8)]
+        out.append(Config(16, 128, 128, 4, 5, maxnreg=128))
+    if 4 <= each <= 28 and pairs > 64:
+        out += [Config(32, 128, 64, 4, stages, levels=2, maxnreg=168) for stages in (4, 6)]
+    if 12 <= each <= 100 and pairs > 64:
+        out += [Config(64, 128, 64, 4, stages, levels=levels, maxnreg=168) for stages in (4, 5, 6)]
+    if each >= 28:
+        out += [Config(128, 128, 64, 4, stages, group=group, levels=3) for stages in (4, deep) for group in (1, 4, 8)]
+        out.append(Config(128, 128, 128, 4, 2, levels=3))
     return out
 
 

@@ -1,7 +1,7 @@
 """Shapes, inputs, rooflines and the timer that every GPU benchmark shares.
 
-Roofline: max(bytes / READ, flops / MATMUL), with the ceilings measured on an H200 (docs/performance.md): the weights of the
-experts that are hit, once, in their format, plus the activations in and out; 2 flops for each multiply-add.
+Roofline: max(bytes / read rate, flops / matmul rate), with the ceilings measured on the card in the same run (``ceilings.py``): the
+weights of the experts that are hit, once, in their format, plus the activations in and out; 2 flops for each multiply-add.
 Timing: a CUDA graph walks several layers, each with its own weights and routing, so that no weight waits in the L2 cache;
 warm-up, then the median of the replays divided by the number of layers.
 """
@@ -17,11 +17,21 @@ import torch
 
 import mx_kernels as mk
 
-READ = 4587e9  # bytes/s, reading, measured
-COPY = 4299e9  # bytes/s, read + write, measured
-MATMUL = 797e12  # bf16 flop/s, 8192^3 in a burst, measured
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 FORMATS = ("bf16", "mxfp8", "mxfp4", "nvfp4")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a card can do at most: reading, copying (read + write), a bf16 product of 8192^3 in a burst."""
+
+    read_gb_s: float
+    copy_gb_s: float
+    matmul_tflops: float
+
+
+H200 = Ceilings(4587, 4299, 797)
+"""Measured on an NVIDIA H200 (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,10 @@ class Shape:
         """Floating-point operations of both GEMMs."""
         return 2.0 * tokens * self.top_k * 3 * self.hidden * self.intermediate
 
-    def floor_us(self, fmt: str, tokens: int, distinct: float) -> float:
+    def floor_us(self, fmt: str, tokens: int, distinct: float, ceilings: Ceilings = H200) -> float:
         """The roofline in microseconds for ``distinct`` experts hit."""
         moved = self.weight_bytes(fmt, distinct) + tokens * self.hidden * 4
-        return 1e6 * max(moved / READ, self.flops(tokens) / MATMUL)
+        return max(moved / ceilings.read_gb_s * 1e-3, self.flops(tokens) / ceilings.matmul_tflops * 1e-6)
 
 
 SWIGLU_OAI = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
@@ -70,20 +80,43 @@ SHAPES = {
 }
 
 
+def find_shape(name: str) -> Shape:
+    """A shape by name, or "H,I,E,k,silu" / "H,I,E,k,swiglu_oai"; ValueError says what is known."""
+    if name in SHAPES:
+        return SHAPES[name]
+    parts = name.split(",")
+    kinds = {"silu": SILU, "swiglu_oai": SWIGLU_OAI}
+    if len(parts) != 5 or not all(p.isdigit() for p in parts[:4]) or parts[4] not in kinds:
+        raise ValueError(f"no shape {name!r}: needs H,I,E,k,silu or H,I,E,k,swiglu_oai, or one of {', '.join(SHAPES)}")
+    h, i, e, k = map(int, parts[:4])
+    return Shape(name, h, i, e, k, kinds[parts[4]])
+
+
 def routing(
-    shape: Shape, tokens: int, seed: int, skew: float = 0.0, device: str = "cuda"
+    shape: Shape, tokens: int, seed: int, kind: str = "uniform", device: str = "cuda"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids int32 [T, k] and weights float32 [T, k]; ``skew`` > 0 favours low expert numbers (Zipf exponent)."""
+    """ids int32 [T, k] and weights float32 [T, k].
+
+    kind: "uniform"; "zipf" or "zipf:1.5", which favours some experts by that exponent (1); "one-hot", where every token takes the
+    same k experts. Which experts are favoured changes with the seed. ValueError for other kinds.
+    """
     g = torch.Generator(device=device).manual_seed(seed)
     logits = torch.randn(tokens, shape.experts, device=device, generator=g)
-    logits -= skew * torch.log(torch.arange(1, shape.experts + 1, device=device))
+    name, _, exponent = kind.partition(":")
+    if name not in ("uniform", "zipf", "one-hot") or (exponent and name != "zipf"):
+        raise ValueError(f"no routing {kind!r}: needs uniform, zipf, zipf:EXPONENT or one-hot")
+    if name != "uniform":
+        rank = torch.randperm(shape.experts, device=device, generator=g) + 1
+        penalty = 100.0 * (rank > shape.top_k) if name == "one-hot" else float(exponent or 1) * torch.log(rank)
+        logits -= penalty
     values, ids = logits.topk(shape.top_k, dim=-1)
     return ids.int(), values.softmax(-1)
 
 
-def layers_for(shape: Shape, fmt: str, tokens: int, budget: float = 48e9) -> int:
+def layers_for(shape: Shape, fmt: str, tokens: int, kind: str = "uniform", budget: float = 48e9) -> int:
     """How many layers one graph walks so that their active weights are ten times the L2 cache."""
-    copies = math.ceil(600e6 / shape.weight_bytes(fmt, shape.active(tokens)))
+    active = shape.top_k if kind == "one-hot" else shape.active(tokens)
+    copies = math.ceil(600e6 / shape.weight_bytes(fmt, active))
     return int(max(1, min(16, max(2, copies), budget // shape.weight_bytes(fmt, shape.experts))))
 
 

@@ -28,7 +28,7 @@ class _Ours(Peer):
         return types.SimpleNamespace(**{f"{n}{i}": t for n in ("w13", "w2") for i, t in enumerate(W.t[n])}, made=[])
 
     def make(self, st, shape, inp):
-        if not st.made:
+        if st.made[:1] != [st.w130.data_ptr()]:  # a clone's list still names the tensor that it was cloned from
             f = mk.get_format(self.fmt if self.fmt != "bf16" else "mxfp8")
             parts = []
             for n in ("w13", "w2"):
@@ -41,12 +41,10 @@ class _Ours(Peer):
                     getattr(st, f"{n}2", None),
                 )
                 parts.append(mk.dequantize(q) if self.fmt == "bf16" else q)
-            st.made.append(
-                mm.make_experts(
-                    mq.ExpertWeights(*parts), ACTIVATIONS[shape.act], backend=self.backend, inputs=self.inputs
-                )
-            )
-        experts, routing = st.made[0], mm.Routing(inp.ids, inp.w)
+            weights = mq.ExpertWeights(*parts)
+            experts = mm.make_experts(weights, ACTIVATIONS[shape.act], backend=self.backend, inputs=self.inputs)
+            st.made[:] = [st.w130.data_ptr(), experts]
+        experts, routing = st.made[1], mm.Routing(inp.ids, inp.w)
         return lambda: experts(inp.x, routing)
 
 

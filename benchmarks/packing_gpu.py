@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from cases import describe
+from ceilings import copy_gb_s
 from torch import Tensor
 
 import mx_kernels as mk
@@ -37,13 +38,6 @@ def time_us(run: Callable[[], object], times: int = 7) -> float:
         after.record()
     torch.cuda.synchronize()
     return 1e3 * sorted(before.elapsed_time(after) for before, after in pairs)[times // 2]
-
-
-def copy_rate() -> float:
-    """GB/s of a device-to-device copy, read + write."""
-    source = torch.empty(1 << 31, device="cuda", dtype=torch.uint8).random_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / time_us(lambda: target.copy_(source)) / 1e3
 
 
 def random_weight(shape: tuple[int, ...], f: mk.Format) -> mk.QuantizedTensor:
@@ -99,7 +93,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--shape", type=int, nargs=3, metavar=("E", "N", "K"))
     args = parser.parse_args()
-    copy = copy_rate()
+    copy = copy_gb_s()
     where = describe()
     head = f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, {where['date']}"
     head += f"; device-to-device copy {copy:.0f} GB/s (read + write)."

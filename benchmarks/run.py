@@ -1,23 +1,28 @@
 """MoE layers on one GPU: ours beside what is importable, cold weights, CUDA graphs, correctness before every time.
 
-    python benchmarks/run.py --shapes gpt-oss-120b --tokens 1,16,256 --formats mxfp8,mxfp4 --out out/
+    python benchmarks/run.py --shapes gpt-oss-120b --tokens 1,16,256 --formats mxfp8,mxfp4 --modes a16,a8 --out out/
+    python benchmarks/run.py --shapes 4096,1536,64,6,silu --routing zipf:1.2 --peers ""          # H,I,E,k,activation
+    python benchmarks/run.py --from FILE_OR_FOLDER ... --out out/                                # no GPU: merge and draw again
+    python benchmarks/run.py --from FILE_OR_FOLDER ... --readme gpt-oss-120b                     # print a README's rows
 
-A layer is align + GEMM 1 + activation + GEMM 2 + weighted sum; the router's linear is outside. Writes moe.json, moe.md and three
-PNG plots per shape (time against T, share of the roofline, speed-up over the best peer). ``--inputs mxfp8`` quantizes activations;
-``--backend`` asks for one backend; ``--skew`` draws experts by a Zipf law. A figure whose check failed is not printed.
+A layer is align + GEMM 1 + activation + GEMM 2 + weighted sum; the router's linear is outside. Writes moe.json, moe.md (every cell,
+its share of the roofline by this card's own ceilings, its error, speed-ups, memory), a PNG for each shape and speed-up.png. A figure
+whose check against float32 failed is not printed. ``--from`` reads moe.json files, the time.jsonl of the peer harness, which runs
+ours through ``harness_plugin.py`` beside peers that need preparation, and folders of both; several passes are averaged.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
-from cases import FORMATS, SHAPES, TOKENS, Shape, describe, layers_for, routing, time_graph
+from cases import FORMATS, SHAPES, TOKENS, Shape, describe, find_shape, layers_for, routing, time_graph
 from peers import PEERS
 from torch import Tensor
 
@@ -25,8 +30,27 @@ import mx_kernels as mk
 import mx_moe as mm
 import mx_quant as mq
 
-TOLERANCE = {"bf16": 0.02, "a8": 0.06}
-"""Frobenius error against float32: bf16 in and between the GEMMs; with MXFP8 activations (E4M3 keeps 4 bits)."""
+
+@dataclass(frozen=True)
+class Mode:
+    """How our layer runs. suffix: of its name; tolerance: of its Frobenius error against float32; formats: None for all.
+
+    Activations in bf16 between the GEMMs: 0.02. In MXFP8 (E4M3 keeps 4 bits): 0.06.
+    """
+
+    suffix: str
+    backend: str = "auto"
+    inputs: str | None = None
+    tolerance: float = 0.02
+    formats: tuple[str, ...] | None = None
+
+
+MODES = {
+    "a16": Mode(""),
+    "a8": Mode("_a8_rebased", "rebased", "mxfp8", 0.06, ("mxfp8", "mxfp4")),
+    "a8-exact": Mode("_a8", "auto", "mxfp8", 0.06, ("mxfp8", "mxfp4")),
+    "emulation": Mode("_emulation", "emulation", formats=("mxfp8", "mxfp4", "nvfp4")),
+}
 
 
 def make_weights(shape: Shape, fmt: str, seed: int = 1) -> mq.ExpertWeights:
@@ -66,34 +90,56 @@ def reference_rows(shape: Shape, w: mq.ExpertWeights, x: Tensor, ids: Tensor, we
     return out
 
 
-def measure(
-    shape: Shape,
-    fmt: str,
-    tokens: int,
-    skew: float,
-    prepare: Callable[..., Any],
-    layers: list[Any],
-    w: mq.ExpertWeights,
-    tol: float,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Task:
+    """What is measured: one (shape, format, tokens, routing), by ``name``."""
+
+    name: str
+    shape: Shape
+    fmt: str
+    tokens: int
+    routing: str
+    tolerance: float = 0.02
+
+    @property
+    def cell(self) -> report.Cell:
+        return {
+            "name": self.name,
+            "shape": self.shape.name,
+            "format": self.fmt,
+            "tokens": self.tokens,
+            "routing": self.routing,
+        }
+
+
+def measure(task: Task, prepare: Callable[..., Any], layers: list[Any], w: mq.ExpertWeights) -> report.Cell:
     """One cell: build the calls, check the first against float32, time all of them in one graph."""
+    shape, tokens = task.shape, task.tokens
     inputs = []
     for i in range(len(layers)):
-        x = torch.randn(
-            tokens, shape.hidden, device="cuda", generator=torch.Generator("cuda").manual_seed(i)
-        ).bfloat16()
-        inputs.append((x, *routing(shape, tokens, i, skew)))
+        g = torch.Generator("cuda").manual_seed(i)
+        x = torch.randn(tokens, shape.hidden, device="cuda", generator=g).bfloat16()
+        inputs.append((x, *routing(shape, tokens, i, task.routing)))
     calls = [prepare(layer, *given) for layer, given in zip(layers, inputs, strict=True)]
     rows = torch.linspace(0, tokens - 1, min(tokens, 8), device="cuda").round().long()
     want = reference_rows(shape, w, *inputs[0], rows)
     error = float((calls[0]()[rows].float() - want).norm() / want.norm())
     distinct = sum(ids.unique().numel() for _, ids, _ in inputs) / len(inputs)
-    floor = shape.floor_us(fmt, tokens, distinct)
-    cell = {"shape": shape.name, "format": fmt, "tokens": tokens, "skew": skew, "error": error, "floor_us": floor}
-    if not error < tol:
-        return {**cell, "failed": f"error {error:.1e} is not below {tol}"}
-    us = time_graph(calls)
-    return {**cell, "us": us, "share": floor / us, "tflops": shape.flops(tokens) / us * 1e-6}
+    cell = {**task.cell, "error": error, "distinct": distinct}
+    if not error < task.tolerance:
+        return {**cell, "failed": f"error {error:.1e} is not below {task.tolerance}"}
+    workspace = workspace_bytes(calls[0])
+    return {**cell, "us": time_graph(calls), "workspace_bytes": workspace}
+
+
+def workspace_bytes(call: Callable[[], Tensor]) -> int:
+    """What a call allocates at most besides its output, after it ran once."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - out.nbytes
 
 
 def clone(w: mq.ExpertWeights) -> mq.ExpertWeights:
@@ -101,184 +147,101 @@ def clone(w: mq.ExpertWeights) -> mq.ExpertWeights:
     return w.map(torch.Tensor.clone)
 
 
-def ours(
-    shape: Shape, fmt: str, tokens: int, w: mq.ExpertWeights, args: argparse.Namespace, copies: list[Any]
-) -> dict[str, Any]:
-    """Our layer, with the backend that the oracle takes."""
-    while len(copies) < layers_for(shape, fmt, tokens):
-        copies.append(mm.make_experts(clone(w), shape.activation, backend=args.backend, inputs=args.inputs))
-    layers = copies[: layers_for(shape, fmt, tokens)]
-    cell = measure(
-        shape, fmt, tokens, args.skew, lambda e, x, ids, p: lambda: e(x, mm.Routing(ids, p)), layers, w,
-        TOLERANCE["a8" if args.inputs else "bf16"],
-    )  # fmt: skip
-    return {
-        **cell,
-        "name": f"mx_{fmt}" + ("_a8" if args.inputs else ""),
-        "backend": layers[0].choice.name,
-        "ours": True,
-    }
+def ours(task: Task, mode: Mode, w: mq.ExpertWeights, copies: list[Any]) -> report.Cell:
+    """Our layer, with the backend that the oracle takes or the mode names. ``copies``: layers made so far."""
+    count = layers_for(task.shape, task.fmt, task.tokens, task.routing)
+    while len(copies) < count:
+        made = mm.make_experts(clone(w), task.shape.activation, backend=mode.backend, inputs=mode.inputs)
+        copies.append(made)
+    cell = measure(task, lambda e, x, ids, p: lambda: e(x, mm.Routing(ids, p)), copies[:count], w)
+    return {**cell, "backend": copies[0].choice.name, "weight_bytes": copies[0].nbytes, "ours": True}
 
 
-def table(cells: list[dict[str, Any]]) -> str:
-    """Markdown: one row a name, one column a token count, "microseconds · percent of the roofline"."""
-    lines = []
-    for shape in dict.fromkeys(c["shape"] for c in cells):
-        here = [c for c in cells if c["shape"] == shape]
-        tokens = sorted({c["tokens"] for c in here})
-        lines += [
-            f"### {shape}",
-            "",
-            "| | " + " | ".join(f"T={t}" for t in tokens) + " | error |",
-            "|---" * (len(tokens) + 2) + "|",
-        ]
-        for name in dict.fromkeys(c["name"] for c in here):
-            row = {c["tokens"]: c for c in here if c["name"] == name}
-            texts = []
-            for t in tokens:
-                c = row.get(t, {"failed": ""})
-                texts.append(
-                    c["failed"]
-                    if "failed" in c
-                    else f"{c['us']:.{0 if c['us'] >= 100 else 1}f} · {100 * c['share']:.0f}"
-                )
-            worst = max((c["error"] for c in row.values() if "error" in c), default=float("nan"))
-            lines.append(f"| {name} | " + " | ".join(texts) + f" | {worst:.1e} |")
-        lines.append("")
-    return "\n".join(lines)
+def theirs(task: Task, peer: Any, w: mq.ExpertWeights, layers: list[mq.ExpertWeights]) -> report.Cell:
+    """A peer's layer on bf16 weights; what it refuses is said in the cell."""
+    count = layers_for(task.shape, task.fmt, task.tokens, task.routing)
+    try:
+        prepare = lambda c, x, ids, p: peer.prepare(task.shape, c.w13, c.w2, x, ids, p)  # noqa: E731
+        return measure(task, prepare, layers[:count], w)
+    except ValueError as error:
+        return {**task.cell, "failed": str(error)}
 
 
-def group(cell: dict[str, Any]) -> tuple[str, bool]:
-    """What is compared with what: the weights' format, and whether activations are quantized."""
-    return cell["format"], "a8" in cell["name"]
+def run(args: argparse.Namespace) -> int:
+    """Everything that was asked for; 1 where a check failed."""
+    from ceilings import ceilings
 
+    where: dict[str, Any] = {**describe(), "ceilings": vars(ceilings())}
+    print(report.head(where), file=sys.stderr)
+    tokens = [int(t) for t in args.tokens.split(",")]
+    cells: list[report.Cell] = []
 
-def speed_up(cell: dict[str, Any], cells: list[dict[str, Any]]) -> float | None:
-    """Time of the best peer of the same group, shape, tokens and skew, over this cell's; None where there is none."""
-    same = [
-        c["us"] for c in cells
-        if "us" in c and not c.get("ours") and group(c) == group(cell)
-        and all(c.get(key, 0.0) == cell.get(key, 0.0) for key in ("shape", "tokens", "skew"))
-    ]  # fmt: skip
-    return min(same) / cell["us"] if same and cell.get("ours") and "us" in cell else None
+    def record(cell: report.Cell) -> None:
+        cells.append(report.finished(cell, where))
+        said = cell.get("failed") or f"{cell['us']:.1f} us ({100 * cells[-1]['share']:.0f}%)"
+        print(f"{cell['shape']} {cell['name']} T={cell['tokens']} {cell['routing']}: {said}", file=sys.stderr)
+        report.save(where, cells, args.out)
 
-
-def plots(cells: list[dict[str, Any]], out: Path) -> None:
-    """PNG per shape: time against T, share of the roofline, speed-up of ours over the best peer of the same group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels: dict[str, Callable[[dict[str, Any]], float | None]] = {
-        "time, us": lambda c: c["us"],
-        "share of the roofline": lambda c: c["share"],
-        "speed-up over the best peer": lambda c: speed_up(c, cells),
-    }
-    for shape in dict.fromkeys(c["shape"] for c in cells):
-        here = [c for c in cells if c["shape"] == shape and "us" in c]
-        names = list(dict.fromkeys(c["name"] for c in here))
-        colors = {name: plt.colormaps["tab20"](i % 20) for i, name in enumerate(names)}
-        figure, axes = plt.subplots(1, 3, figsize=(16, 5))
-        for axis, (title, value) in zip(axes, panels.items(), strict=True):
-            for name in names:
-                points = [(c["tokens"], value(c)) for c in here if c["name"] == name]
-                points = [p for p in points if p[1] is not None]
-                style = {"linewidth": 2.2} if name.startswith("mx_") else {"linewidth": 1, "linestyle": "--"}
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True), marker="o", markersize=3, label=name, color=colors[name], **style
-                    )
-            axis.set(
-                title=f"{shape}: {title}", xlabel="tokens", xscale="log", yscale="log" if "time" in title else "linear"
-            )
-            axis.grid(alpha=0.3)
-        axes[0].legend(fontsize=6)
-        axes[2].axhline(1.0, color="black", linewidth=0.8)
-        if axes[2].lines[:-1]:
-            axes[2].legend(fontsize=6)
-        figure.tight_layout()
-        figure.savefig(out / f"{shape}.png", dpi=90)
-        plt.close(figure)
-
-
-def write(where: dict[str, str], cells: list[dict[str, Any]], out: Path) -> None:
-    """moe.json, moe.md and the plots."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "moe.json").write_text(json.dumps({"where": where, "cells": cells}, indent=0) + "\n")
-    versions = f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, {where['date']}"
-    text = f"{versions}. A cell: microseconds · percent of the roofline.\n\n" + table(cells)
-    (out / "moe.md").write_text(text)
-    plots(cells, out)
-    print(text)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="gpt-oss-120b,qwen3-30b-a3b,mixtral-8x7b", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--inputs", default=None, help="quantize activations to this format, for example mxfp8")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--skew", type=float, default=0.0)
-    parser.add_argument("--peers", default=",".join(PEERS), help="names, or nothing for none")
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument(
-        "--from", dest="source", type=Path, help="draw the tables and plots of a moe.json again; needs no GPU"
-    )
-    args = parser.parse_args()
-    if args.source:
-        saved = json.loads(args.source.read_text())
-        write(saved["where"], saved["cells"], args.out)
-        return 0
-    if not torch.cuda.is_available():
-        print("benchmarks/run.py measures a GPU, and there is none here", file=sys.stderr)
-        return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    cells: list[dict[str, Any]] = []
-
-    def record(name: str, cell: dict[str, Any]) -> None:
-        cells.append({"name": name, **cell})
-        print(
-            f"{cell.get('shape')} {name} T={cell.get('tokens')}: " + (cell.get("failed") or f"{cell['us']:.1f} us"),
-            file=sys.stderr,
-        )
-        (args.out / "moe.json").write_text(json.dumps({"where": describe(), "cells": cells}, indent=1))
-
-    for shape in (SHAPES[name] for name in args.shapes.split(",")):
+    for shape in map(find_shape, args.shapes):
         for fmt in args.formats.split(","):
-            w, copies = make_weights(shape, fmt), []
-            for tokens in map(int, args.tokens.split(",")):
-                cell = ours(shape, fmt, tokens, w, args, copies)
-                record(cell["name"], cell)
-            copies.clear()
+            w = make_weights(shape, fmt)
+            for mode in (MODES[m] for m in args.modes.split(",")):
+                if mode.formats is not None and fmt not in mode.formats:
+                    continue
+                copies: list[Any] = []
+                for kind in args.routing:
+                    for t in tokens:
+                        record(
+                            ours(Task(f"mx_{fmt}{mode.suffix}", shape, fmt, t, kind, mode.tolerance), mode, w, copies)
+                        )
+                del copies
             for peer in (PEERS[name] for name in args.peers.split(",") if name and fmt == "bf16"):
                 if reason := peer.why_not():
                     print(f"{peer.name}: {reason}", file=sys.stderr)
                     continue
-                layers = [clone(w) for _ in range(layers_for(shape, fmt, 1))]
-                for tokens in map(int, args.tokens.split(",")):
-                    prepare = lambda c, x, ids, p, peer=peer, shape=shape: peer.prepare(shape, c.w13, c.w2, x, ids, p)  # noqa: E731
-                    try:
-                        record(
-                            peer.name,
-                            measure(
-                                shape,
-                                fmt,
-                                tokens,
-                                args.skew,
-                                prepare,
-                                layers[: layers_for(shape, fmt, tokens)],
-                                w,
-                                0.02,
-                            ),
-                        )
-                    except ValueError as error:
-                        record(peer.name, {"shape": shape.name, "format": fmt, "tokens": tokens, "failed": str(error)})
+                layers = [
+                    clone(w) for _ in range(max(layers_for(shape, fmt, t, k) for t in tokens for k in args.routing))
+                ]
+                for kind in args.routing:
+                    for t in tokens:
+                        record(theirs(Task(peer.name, shape, fmt, t, kind), peer, w, layers))
                 del layers
             torch.cuda.empty_cache()
-    write(describe(), cells, args.out)
+    report.write(where, report.merged(cells), args.out)
+    print((args.out / "moe.md").read_text())
     return 1 if any("failed" in c and "error" in c for c in cells) else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes", nargs="+", default=["gpt-oss-120b", "qwen3-30b-a3b", "mixtral-8x7b"],
+        help=f"of {', '.join(SHAPES)}, or H,I,E,k,silu or H,I,E,k,swiglu_oai",
+    )  # fmt: skip
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--modes", default="a16,a8", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--routing", nargs="+", default=["uniform"], help="uniform, zipf, zipf:EXPONENT or one-hot")
+    parser.add_argument("--peers", default=",".join(PEERS), help="names, or nothing for none")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--from", dest="sources", nargs="+", type=Path, help="results to draw again; needs no GPU")
+    parser.add_argument(
+        "--readme", metavar="SHAPE", help="with --from: print a README's rows of this shape, write nothing"
+    )
+    args = parser.parse_args()
+    if args.sources:
+        where, cells = report.load(args.sources)
+        if args.readme:
+            print(report.readme(where, cells, args.readme), end="")
+        else:
+            report.write(where, cells, args.out)
+            print(report.markdown(where, cells))
+        return 0
+    if not torch.cuda.is_available():
+        print("benchmarks/run.py measures a GPU, and there is none here (--from draws results again)", file=sys.stderr)
+        return 2
+    return run(args)
 
 
 if __name__ == "__main__":

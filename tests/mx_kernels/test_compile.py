@@ -108,9 +108,14 @@ def test_dequantize(aot, f, target):
     constants = {"ELEMENT": f.element.name, "E8M0": f.scale == "e8m0", "FP8": facts(target)[0], "B": f.block}
     n, warps, _ = quantize.TILES["dequantize"][f.element.bits]
     constants["N"] = n * 32 // f.block
-    for many in (0, 1, 2) if f.has_global_scale and target == "sm_90" else (0,):
+    variants = [(0, False), (0, True)]
+    if f.has_global_scale and target == "sm_90":
+        variants += [(1, False), (2, False), (1, True), (2, True)]
+    for many, select in variants:
         given = {"global_scale": "*fp32"} if f.has_global_scale else {}
-        fixed = constants | {"GLOBALS": many} | ({} if given else {"global_scale": None})
+        given |= {"rows": "*i64"} if select else {}
+        fixed = constants | {"GLOBALS": many, "SELECT": select}
+        fixed |= {name: None for name in ("global_scale", "rows") if name not in given}
         unaligned = ("blocks", "per_global")
         compiled = checked(
             aot.compile_kernel(
@@ -129,13 +134,13 @@ def test_dequantize(aot, f, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_global_scale(aot, target):
-    from mx_kernels.kernels import quantize
+    from mx_kernels.kernels import global_scale
 
     signature = {"x": "*bf16", "partial": "*i32", "stride": "i32", "rows": "i32", "columns": "i32"}
-    checked(aot.compile_kernel(quantize._amax_kernel, signature, {"ROWS": 4, "COLUMNS": 1024}, target, num_warps=4))
+    checked(aot.compile_kernel(global_scale._amax_kernel, signature, {"ROWS": 4, "COLUMNS": 1024}, target, num_warps=4))
     signature = {"partial": "*i32", "out": "*fp32", "parts": "i32"}
     constants = {"GLOBAL_MIN": 2.0**-117, "PARTS": 1024}
-    checked(aot.compile_kernel(quantize._global_scale_kernel, signature, constants, target, num_warps=1))
+    checked(aot.compile_kernel(global_scale._global_scale_kernel, signature, constants, target, num_warps=1))
 
 
 @pytest.mark.parametrize("target", TARGETS)

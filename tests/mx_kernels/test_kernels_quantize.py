@@ -184,6 +184,25 @@ def test_global_scale_is_the_reference_and_the_same_each_time(shape, dtype):
     assert torch.equal(got, kernels().compute_global_scale(x))
 
 
+@pytest.mark.parametrize("f", FORMATS.values(), ids=str)
+@pytest.mark.parametrize("shape", [(7, 48, 256), (5, 3, 96), (9, 640)], ids=str)
+def test_rows_alone_are_dequantized(f, shape):
+    """In a graph, for rows that change between its replays; a row that is passed over is not written."""
+    q = mk.quantize(torch.randn(shape, dtype=torch.bfloat16), f)
+    whole = reference.dequantize(q)
+    rows = torch.tensor([4, 0, 4, 2, -1])
+    assert same(mk.dequantize(q, rows=rows)[:4], whole[rows[:4]])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mk.dequantize(q, rows=rows)
+    for now in ([1, -1, 3, -1, 0], [-1] * 5, [4, 3, 2, 1, 0]):
+        rows.copy_(torch.tensor(now))
+        out.fill_(7)
+        graph.replay()
+        want = torch.where((rows >= 0).view(-1, *[1] * (out.ndim - 1)), whole[rows.clamp(min=0)], 7)
+        assert same(out, want)
+
+
 @pytest.mark.parametrize("f", [MXFP4, MXFP6_E2M3, MXFP8], ids=str)
 def test_offsets_beyond_32_bits(f):
     rows, k = 2**20 + 3, 2080  # 2.18e9 elements

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,6 +174,7 @@ def test_ops_pass_opcheck(f):
     torch.library.opcheck(ops.compute_global_scale.default, (x,))
     data, scale = ops.quantize(*args)
     torch.library.opcheck(ops.dequantize.default, (data, scale, g, f.name, torch.float16))
+    torch.library.opcheck(ops.dequantize.default, (data, scale, g, f.name, torch.float16, torch.tensor([1, 0, 1])))
 
 
 @formats
@@ -284,6 +288,65 @@ def test_bad_global_scale(call):
         call(x, NVFP4, global_scale=torch.ones((), device="meta"))
     with pytest.raises(TypeError, match=r"x is torch\.int32"):
         mk.compute_global_scale(x.int())
+
+
+@formats
+def test_rows_alone_are_dequantized(f):
+    q = mk.quantize(torch.randn(5, 3, 96), f)
+    q.scale.view(torch.uint8)[[0, 3]] = 255  # NaN, should they be read
+    whole = reference.dequantize(q)
+    for rows in (torch.tensor([4, 1, 1, 2]), torch.tensor([2, 4], dtype=torch.int32)):
+        assert same(mk.dequantize(q, rows=rows), whole[rows])
+    some = mk.dequantize(q, torch.bfloat16, rows=torch.tensor([4, -1, 2]))
+    assert same(some[[0, 2]], whole[[4, 2]].bfloat16())
+    assert mk.dequantize(q, rows=torch.empty(0, dtype=torch.int64)).shape == (0, 3, 96)
+    one = mk.quantize(torch.randn(5, 96), f)
+    assert same(mk.dequantize(one, rows=torch.tensor([3])), reference.dequantize(one)[[3]])
+    compiled = torch.compile(lambda q, rows: mk.dequantize(q, rows=rows), fullgraph=True, backend="aot_eager")
+    assert same(compiled(q, torch.tensor([4, 1])), whole[[4, 1]])
+
+
+INTERPRETED = """
+import torch, mx_kernels as mk
+from mx_kernels.kernels import launch, quantize
+chip = launch.Target(fp8=False, asm=False, units=4)
+quantize.target = lambda device: chip
+quantize.launch = lambda kernel, grid, device, *args, **options: kernel[grid](*args, **options)
+rows = torch.tensor([4, -1, 0, 4, 2])
+for f in mk.FORMATS.values():
+    for lead, g in (((5, 6), None), ((5, 3), torch.tensor(0.5)), ((5, 3), torch.rand(5) + 0.5)):
+        x = torch.randn(*lead, 3 * f.block)
+        q = mk.quantize(x, f, global_scale=g if f.has_global_scale else None)
+        given = (q.data.view(torch.uint8), q.scale.view(torch.uint8), q.global_scale, f.name, torch.float32)
+        want = mk.reference.dequantize(q, torch.float32)
+        assert torch.equal(quantize.dequantize(*given), want)
+        for some in (rows, rows.int()):
+            assert torch.equal(quantize.dequantize(*given, some)[rows >= 0], want[rows[rows >= 0]])
+print("right")
+"""
+
+
+@pytest.mark.compile
+def test_the_dequantization_kernel_in_the_interpreter():
+    """Whole tensors and selected rows, on the CPU, where Triton is installed."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "right", done.stderr[-2000:]
+
+
+def test_bad_rows():
+    q = mk.quantize(torch.randn(4, 3, 64), MXFP8)
+    with pytest.raises(TypeError, match=r"rows is torch\.float32, needs int32 or int64"):
+        mk.dequantize(q, rows=torch.ones(2))
+    with pytest.raises(ValueError, match=r"rows has shape \(1, 2\)"):
+        mk.dequantize(q, rows=torch.ones(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="rows holds 4, but q has 4 of them"):
+        mk.dequantize(q, rows=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="rows is on meta and q on cpu"):
+        mk.dequantize(q, rows=torch.tensor([0], device="meta"))
+    with pytest.raises(ValueError, match=r"q \(64,\), needs rows \[R\] and q \[E, \.\.\., K\]"):
+        mk.dequantize(mk.quantize(torch.randn(64), MXFP8), rows=torch.tensor([0]))
 
 
 def test_bad_dequantize():

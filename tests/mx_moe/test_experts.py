@@ -209,11 +209,11 @@ def test_unhit_experts_are_never_dequantized(oracle, name: str, monkeypatch: pyt
     seen = []
     if name == "emulation":
         real = mk.dequantize
-        monkeypatch.setattr(mk, "dequantize", lambda q, *a: seen.append(q.shape[0]) or real(q, *a))
+        monkeypatch.setattr(mk, "dequantize", lambda q, *a, rows: seen.append(rows.tolist()) or real(q, *a, rows=rows))
     experts = make_experts(case.weights, case.activation, backend=name)
     got = experts(case.x, Routing(ids, torch.ones(3, 1)))
     assert torch.isfinite(got).all()
-    assert seen == ([2, 2] if name == "emulation" else [])
+    assert seen == ([[1, 4], [1, 4]] if name == "emulation" else [])
 
 
 def test_emulation_says_once_that_it_is_slower(oracle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +392,7 @@ def test_compiles_to_one_graph(oracle, weight: str, experts: int) -> None:
 
 
 def test_hit_experts_without_reading_values() -> None:
-    """The branch for accelerators and tracing gives the same table, and rows that agree on its places."""
+    """The branch for accelerators and tracing gives the same table, the same rows, and -1 for the places left over."""
     from mx_moe.experts.emulation import hit_experts
 
     traced = torch.compile(hit_experts, fullgraph=True, backend="eager")
@@ -403,14 +403,17 @@ def test_hit_experts_without_reading_values() -> None:
         rows, places = hit_experts(ids, 19, table)
         many, same = traced(ids, 19, table)
         assert torch.equal(places, same)
-        assert many.shape[0] == 10
-        assert torch.equal(many[: rows.shape[0]], rows)
-        assert set(many.tolist()) == set(rows.tolist())
-    assert traced(ids, 10, None) == (None, None)  # as many pairs as experts: nothing to gain
+        assert many.tolist() == rows.tolist() + [-1] * (10 - rows.shape[0])
+    rows, table = traced(ids, 10, None)  # as many pairs as experts: each keeps its place
+    assert table is None
+    assert rows.tolist() == [e if e in ids else -1 for e in range(10)]
     every = torch.arange(6).view(3, 2)
     assert hit_experts(every, 6, None) == (None, None)
     rows, places = hit_experts(torch.full((2, 1), -1), 6, None)
     assert rows.tolist() == [0]
+    assert places.tolist() == [-1] * 6
+    rows, places = traced(torch.full((2, 1), -1), 6, None)
+    assert rows.tolist() == [-1, -1]
     assert places.tolist() == [-1] * 6
 
 

@@ -45,7 +45,7 @@ from .packing import PackedWeight
 from .quantize import dequantize, quantize
 from .reference.moe import local_experts
 from .tensor import QuantizedTensor
-from .tuning import block_pairs
+from .tuned import block_for
 
 _SCHEMA = (
     "(Tensor x, Tensor? x_scale, Tensor? x_global, str x_format, Tensor w, Tensor? w_scale, Tensor? w_global, str w_format, "
@@ -60,7 +60,7 @@ def block_size(
 ) -> int:
     """Rows of a block that suit this many pairs: 16 to 128 (256 for packed 16-bit weights), by the pairs an expert gets.
 
-    w: the weight that will be multiplied; packed weights have thresholds of their own (``tuning.py``).
+    w: the weight that will be multiplied; packed weights have their own rule (``tuned.py``).
 
     A block should hold what one expert gets, since the weight is decoded once per block: measured on an H200, 16 rows are
     best up to 8 pairs an expert, 64 up to 128. On the CPU the size only decides how many slots the padding takes: 16.
@@ -68,7 +68,7 @@ def block_size(
     if torch.device(device).type == "cpu":
         return 16
     if isinstance(w, PackedWeight):
-        return block_pairs(num_pairs, num_experts, w.format is None)
+        return block_for(w.problem(num_pairs, num_experts), torch.device(device))
     for rows, limit in ((16, 8), (32, 32), (64, 128)):
         if num_pairs <= limit * num_experts:
             return rows

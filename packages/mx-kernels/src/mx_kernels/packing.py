@@ -33,6 +33,7 @@ from .epilogue import LAYOUTS
 from .formats import E2M1, E4M3, E5M2, Element, Format, ScaleRule
 from .reference.elements import code_values, encode, unpack_codes
 from .tensor import QuantizedTensor
+from .tuning import Problem
 
 STRIP, TILE, SCALE_K, SCALE_ROWS = 16, 512, 128, 256
 PLAIN_K = 64  # plain weights: columns are padded to this
@@ -82,6 +83,13 @@ class PackedWeight:
         """Bytes of all its tensors, padding included."""
         tensors = (self.data, self.scale, self.alpha, self.shift, self.global_scale)
         return sum(t.nbytes for t in tensors if t is not None)
+
+    def problem(self, num_pairs: int, num_experts: int) -> Problem:
+        """What its product with so many pairs asks of a launch configuration."""
+        rows = -(-self.data.shape[-2] // STRIP) * STRIP if self.format is None else self.data.shape[2] * STRIP
+        return Problem(
+            self.element, 32 if self.format is None else self.format.block, num_pairs, num_experts, rows, self.shape[-1]
+        )
 
     def map(self, f: Callable[[Tensor], Tensor]) -> PackedWeight:
         """Apply ``f`` to each of its tensors."""

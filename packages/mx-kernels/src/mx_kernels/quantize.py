@@ -51,8 +51,19 @@ def quantize(
     return QuantizedTensor(data.view(f.data_dtype), scale.view(f.scale_dtype), f, rule, x.dtype, global_scale)
 
 
-def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The values of ``q`` [..., K] as bf16, fp16 or fp32 (None: ``q.dtype``), computed in float32 and rounded once."""
+def dequantize(
+    q: QuantizedTensor,
+    dtype: torch.dtype | None = None,
+    *,
+    rows: Tensor | None = None,  # [R]
+) -> Tensor:
+    """The values of ``q`` [..., K] as bf16, fp16 or fp32 (None: ``q.dtype``), computed in float32 and rounded once.
+
+    rows: int32 or int64; of q [E, ..., K] these E-th parts alone are read, and the result is [R, ..., K]. For a negative one nothing
+    is, and its place holds anything: so a number of parts that only the device knows takes no more time than they do.
+
+    Raises TypeError for dtypes; ValueError for strides, for ``rows`` that are no vector on q's device, and on the CPU past E.
+    """
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"q is {type(q).__name__}, needs a QuantizedTensor: quantize() makes one")
     dtype = q.dtype if dtype is None else dtype
@@ -60,8 +71,10 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
         raise TypeError(f"dtype is {dtype}, needs bfloat16, float16 or float32: cast the result to others yourself")
     check_last_stride(q.data, "data")
     check_last_stride(q.scale, "scale")
-    args = (bytes_of(q.data), bytes_of(q.scale), q.global_scale, q.format.name, dtype)
-    run = _run("dequantize", _dequantize, *args[:3])
+    if rows is not None:
+        _check_rows(rows, q)
+    args = (bytes_of(q.data), bytes_of(q.scale), q.global_scale, q.format.name, dtype, rows)
+    run = _run("dequantize", _dequantize, *args[:3], rows)
     out: Tensor = run(*args)
     return out
 
@@ -90,14 +103,14 @@ def compute_global_scale(x: Tensor) -> Tensor:
     return out
 
 
-def _kernels() -> Any:
-    return importlib.import_module("mx_kernels.kernels.quantize")
+def _kernels(name: str = "quantize") -> Any:
+    return importlib.import_module(f"mx_kernels.kernels.{name}")
 
 
 def _run(name: str, op: Any, *tensors: Tensor | None) -> Any:
     """The device's own function where nothing traces, else the op."""
     if direct(*tensors):
-        return getattr(_kernels(), name)
+        return getattr(_kernels("global_scale" if name == "compute_global_scale" else "quantize"), name)
     return _ON_CPU[name] if direct_on_cpu(*tensors) else op
 
 
@@ -120,6 +133,14 @@ def _check_input(x: Tensor, f: Format) -> None:
         raise ValueError("x has no dimensions, needs at least one, K: reshape it to [1, K]")
     f.check_k(x.shape[-1], "the last dimension of x")
     check_last_stride(x, "x")
+
+
+def _check_rows(rows: Tensor, q: QuantizedTensor) -> None:
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rows is {rows.dtype}, needs int32 or int64")
+    if rows.ndim != 1 or q.ndim < 2:
+        raise ValueError(f"rows has shape {tuple(rows.shape)} and q {tuple(q.shape)}, needs rows [R] and q [E, ..., K]")
+    check_device(rows, q.device, "rows", "q")
 
 
 def _check_global_scale(g: Tensor | None, f: Format, ndim: int, shape: torch.Size, device: torch.device) -> None:
@@ -158,8 +179,26 @@ def _quantize(x: Tensor, format: str, rule: str, global_scale: Tensor | None) ->
 
 
 @torch.library.custom_op("mx_kernels::dequantize", mutates_args=())
-def _dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize_parts(data, scale, global_scale, format).to(dtype)
+def _dequantize(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+) -> Tensor:
+    return reference.dequantize_parts(*_selected(data, scale, global_scale, rows), format).to(dtype)
+
+
+def _selected(
+    data: Tensor, scale: Tensor, global_scale: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """These rows of dimension 0; of a negative one the first."""
+    if rows is None:
+        return data, scale, global_scale
+    rows = rows.clamp(min=0)
+    g = global_scale if global_scale is None or global_scale.ndim == 0 else global_scale.index_select(0, rows)
+    return data.index_select(0, rows), scale.index_select(0, rows), g
 
 
 @torch.library.custom_op("mx_kernels::quantize_dequantize", mutates_args=())
@@ -187,10 +226,25 @@ def _quantize_dequantize_on_cpu(x: Tensor, format: str, rule: str, global_scale:
 
 
 _compute_global_scale.register_kernel("cpu", cpu.compute_global_scale)
-_dequantize.register_kernel("cpu", cpu.dequantize)
+
+
+@_dequantize.register_kernel("cpu")
+def _dequantize_on_cpu(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+) -> Tensor:
+    if rows is not None and rows.numel() and int(rows.max()) >= data.shape[0]:
+        raise ValueError(f"rows holds {int(rows.max())}, but q has {data.shape[0]} of them, from 0 on")
+    return cpu.dequantize(*_selected(data, scale, global_scale, rows), format, dtype)
+
+
 _ON_CPU = {
     "quantize": _quantize_on_cpu,
-    "dequantize": cpu.dequantize,
+    "dequantize": _dequantize_on_cpu,
     "quantize_dequantize": _quantize_dequantize_on_cpu,
     "compute_global_scale": cpu.compute_global_scale,
 }
@@ -203,8 +257,8 @@ if has_triton():
         return _kernels().quantize(x, format, rule, global_scale)
 
     @_dequantize.register_kernel(("cuda", "xpu"))
-    def _(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Any:
-        return _kernels().dequantize(data, scale, global_scale, format, dtype)
+    def _(data: Tensor, *args: Any) -> Any:
+        return _kernels().dequantize(data, *args)
 
     @_quantize_dequantize.register_kernel(("cuda", "xpu"))
     def _(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> Any:
@@ -212,7 +266,7 @@ if has_triton():
 
     @_compute_global_scale.register_kernel(("cuda", "xpu"))
     def _(x: Tensor) -> Any:
-        return _kernels().compute_global_scale(x)
+        return _kernels("global_scale").compute_global_scale(x)
 
 
 @_quantize.register_fake
@@ -226,8 +280,16 @@ def _(x: Tensor, format: str, rule: str, global_scale: Tensor | None) -> tuple[T
 
 
 @_dequantize.register_fake
-def _(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
-    return data.new_empty((*scale.shape[:-1], scale.shape[-1] * get_format(format).block), dtype=dtype)
+def _(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+) -> Tensor:
+    lead = scale.shape[:-1] if rows is None else (rows.shape[0], *scale.shape[1:-1])
+    return data.new_empty((*lead, scale.shape[-1] * get_format(format).block), dtype=dtype)
 
 
 @_quantize_dequantize.register_fake

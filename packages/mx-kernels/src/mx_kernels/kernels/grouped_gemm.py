@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import FORMATS
-from ..tuning import SHARED, UNITS, Config, Problem, choose_config
+from ..tuned import config_for
+from ..tuning import SHARED, UNITS, Config, Problem
 from .dot import packed_dot
 from .epilogue import outputs, store
 from .launch import PDL_PAIRS, Launch
@@ -419,7 +420,7 @@ def _plan(
         )
     units, shared, dependent = _facts(device)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
-    c = config or choose_config(problem, block, units, shared)
+    c = config or config_for(problem, block, device, units, shared)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
     role = "gemm2" if top_k == 1 and tokens < num_pairs else "gemm1"

@@ -1,4 +1,4 @@
-"""Quantization kernels: quantize, dequantize, both at once, and NVFP4's global scale.
+"""Quantization kernels: quantize, dequantize, and both at once; NVFP4's global scale has a file of its own.
 
     x [..., K] -> codes [..., K] and one scale per block [..., K / block];  x ~ decode(code) * scale * global_scale
 
@@ -285,19 +285,33 @@ def _dequantize_kernel(
     data,
     scale,  # [N]
     global_scale,  # [] or one per per_global blocks
+    rows,  # matrices to take, [R]; none is taken for a negative one
     out,
-    blocks,  # N
+    blocks,  # N, with SELECT of one matrix
     per_global,
     ELEMENT: tl.constexpr,
     E8M0: tl.constexpr,
     FP8: tl.constexpr,
     GLOBALS: tl.constexpr,  # 0: one or none; 1: one per program; 2: any
+    SELECT: tl.constexpr,
     N: tl.constexpr,
     B: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * N
     n = tl.arange(0, N)
-    live = n < tl.minimum(blocks - start, N).to(tl.int32)
+    if SELECT:
+        programs = tl.cdiv(blocks, N)  # of a matrix
+        place = tl.program_id(0) // programs
+        matrix = tl.load(rows + place).to(tl.int64)
+        if matrix < 0:
+            return
+        start = (tl.program_id(0) % programs).to(tl.int64) * N
+        live = n < tl.minimum(blocks - start, N).to(tl.int32)
+        out += (place.to(tl.int64) * blocks + start) * B
+        start += matrix * blocks
+    else:
+        start = tl.program_id(0).to(tl.int64) * N
+        live = n < tl.minimum(blocks - start, N).to(tl.int32)
+        out += start * B
     byte = tl.load(scale + start + n, mask=live, other=0).to(tl.int32)
     step = e8m0_value(byte) if E8M0 else decode(byte, "e4m3")
     v = _load_values(data, start, live, ELEMENT, FP8, N, B) * step[:, None]
@@ -309,33 +323,7 @@ def _dequantize_kernel(
         else:
             v = v * tl.load(global_scale + (start + n) // per_global, mask=live, other=1.0)[:, None]
     at = n[:, None] * B + tl.arange(0, B)[None, :]
-    tl.store(out + start * B + at, v.to(out.dtype.element_ty), mask=live[:, None])
-
-
-@triton.jit
-def _amax_kernel(x, partial, stride, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Largest finite magnitude of this program's share of matrix program_id(1), as float32 bits: partial [matrices, parts]."""
-    matrix = tl.program_id(1).to(tl.int64)
-    r = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, COLUMNS)[None, :]
-    best = tl.zeros((ROWS, COLUMNS), tl.int32)
-    for row in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        line = x + (matrix * rows + row) * stride
-        for column in range(0, columns, COLUMNS):
-            live = (row + r < rows) & (column + c < columns)
-            v = tl.load(line + r.to(tl.int64) * stride + column + c, mask=live, other=0.0).to(tl.float32)
-            bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            best = tl.maximum(best, tl.where(bits < 0x7F800000, bits, 0))
-    tl.store(partial + matrix * tl.num_programs(0) + tl.program_id(0), tl.max(best))
-
-
-@triton.jit
-def _global_scale_kernel(partial, out, parts, GLOBAL_MIN: tl.constexpr, PARTS: tl.constexpr):
-    """The global scale of matrix program_id(0) from its parts."""
-    p = tl.arange(0, PARTS)
-    amax = tl.max(tl.load(partial + tl.program_id(0) * parts + p, mask=p < parts, other=0)).to(tl.float32, bitcast=True)
-    g = tl.maximum(tl.div_rn(amax, 2688.0), GLOBAL_MIN)
-    tl.store(out + tl.program_id(0), tl.where(amax > 0, g, 1.0))
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=live[:, None])
 
 
 # --- launchers: the arguments and results of the custom ops of the same names ---
@@ -357,7 +345,7 @@ def _tile(kind: str, f: Format, blocks: int, units: int) -> tuple[int, int, bool
     return n, warps, whole
 
 
-def _rows(x: Tensor) -> tuple[Tensor, bool]:
+def rows_of(x: Tensor) -> tuple[Tensor, bool]:
     """x [..., K] as rows [R, K] (copied only if no such view exists), and whether they lie apart."""
     rows = x.reshape(-1, x.shape[-1])
     return rows, rows.shape[0] > 1 and rows.stride(0) != rows.shape[1]
@@ -372,7 +360,7 @@ def _globals(global_scale: Tensor | None, blocks: int, n: int) -> tuple[int, int
 
 
 def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tensor, scale: Tensor | None) -> None:
-    rows, apart = _rows(x)
+    rows, apart = rows_of(x)
     blocks, per_row = x.numel() // f.block, x.shape[-1] // f.block
     device = target(x.device)
     bits = f.element.bits
@@ -445,25 +433,34 @@ def quantize_dequantize(x: Tensor, format: str, rule: str, global_scale: Tensor 
     return out
 
 
-def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
-    """Values [..., K] of ``dtype`` from codes [..., data_width(K)] and scale bytes [..., K / block]."""
+def dequantize(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,  # [R]
+) -> Tensor:
+    """Values [..., K] of ``dtype`` from codes [..., data_width(K)] and scale bytes [..., K / block]; rows: of dimension 0."""
     f = get_format(format)
-    blocks = scale.numel()
-    out = torch.empty((*scale.shape[:-1], scale.shape[-1] * f.block), dtype=dtype, device=data.device)
-    if blocks == 0:
+    lead = scale.shape[:-1] if rows is None else (rows.shape[0], *scale.shape[1:-1])
+    out = torch.empty((*lead, scale.shape[-1] * f.block), dtype=dtype, device=data.device)
+    if out.numel() == 0:
         return out
     data, scale = data.contiguous(), scale.contiguous()
     if data.data_ptr() % 4:
         data = data.clone()
-    n, warps, _ = _tile("dequantize", f, blocks, target(data.device).units)
-    kind, each = _globals(global_scale, blocks, n)
+    n, warps, _ = _tile("dequantize", f, out.numel() // f.block, target(data.device).units)
+    kind, each = _globals(global_scale, scale.numel(), n)
+    blocks = scale.numel() if rows is None else scale[0].numel()
     launch(
         _dequantize_kernel,
-        (triton.cdiv(blocks, n),),
+        (triton.cdiv(blocks, n) * (1 if rows is None else rows.shape[0]),),
         data.device,
         data,
         scale,
         None if global_scale is None else global_scale.contiguous(),
+        None if rows is None else rows.contiguous(),
         out,
         blocks,
         each,
@@ -471,31 +468,10 @@ def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format:
         E8M0=f.scale == "e8m0",
         FP8=target(data.device).fp8,
         GLOBALS=kind,
+        SELECT=rows is not None,
         N=n,
         B=f.block,
         num_warps=warps,
         enable_fp_fusion=False,
-    )
-    return out
-
-
-def compute_global_scale(x: Tensor) -> Tensor:
-    """NVFP4's global scale, one per matrix of x [..., N, K], [] for up to two dimensions; two launches, deterministic."""
-    lead = x.shape[: max(0, x.ndim - 2)]
-    if x.numel() == 0:
-        return torch.ones(lead, dtype=torch.float32, device=x.device)
-    rows, _ = _rows(x)
-    matrices = lead.numel()
-    per_matrix = rows.shape[0] // matrices
-    columns = min(1024, triton.next_power_of_2(rows.shape[1]))
-    height = 4096 // columns
-    parts = max(1, min(triton.cdiv(per_matrix, height), 4096 // matrices, 1024))
-    partial = torch.empty((matrices, parts), dtype=torch.int32, device=x.device)
-    out = torch.empty(lead, dtype=torch.float32, device=x.device)
-    shape = (rows.stride(0), per_matrix, rows.shape[1])
-    launch(_amax_kernel, (parts, matrices), x.device, rows, partial, *shape, ROWS=height, COLUMNS=columns, num_warps=4)
-    size = triton.next_power_of_2(parts)
-    launch(
-        _global_scale_kernel, (matrices,), x.device, partial, out, parts, reference.GLOBAL_MIN, PARTS=size, num_warps=1
     )
     return out

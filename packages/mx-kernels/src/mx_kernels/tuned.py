@@ -1,0 +1,136 @@
+"""Measured launch configurations of the packed grouped GEMM, and when one of them is used instead of ``tuning.py``'s model.
+
+A row says: on this device, for this problem, this configuration was measured, and by how much it beats the model's choice. It is
+used for a problem with the same element and scale block, on the same kind of side of 64 pairs (up to there programs find their
+pairs by comparing ids), whose distance is at most half an octave:
+
+    distance = sqrt(sum over r = P / E, A, n, k of log2(ratio of the two problems)^2)
+
+P pairs, E experts, A experts that are hit under uniform routing, n weight rows, k columns. Everything else follows the model.
+``benchmarks/tune.py`` writes ``RUNS`` and ``ROWS``, a row only where it won by more than the noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from .tuning import SHARED, UNITS, Config, Problem, block_pairs, choose_config, shared_bytes
+
+NEAR = 0.5  # octaves
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and when rows were measured. device: its ``class_of``; units: its multiprocessors."""
+
+    device: str
+    units: int
+    torch: str
+    triton: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured problem.
+
+    run: index into ``RUNS``. block: pairs of a block of the alignment. us: of ``config``; model_us: of what the model chose, in
+    turns with it, each with its own blocks.
+    """
+
+    run: int
+    problem: Problem
+    block: int
+    config: Config
+    us: float
+    model_us: float
+
+
+# fmt: off
+RUNS: tuple[Run, ...] = ()
+ROWS: tuple[Row, ...] = ()
+# fmt: on
+
+
+@functools.cache
+def place(device: torch.device) -> tuple[str, int]:
+    """(``class_of`` its name, multiprocessors) of an accelerator; ("", 0) where there is none."""
+    if device.type not in ("cuda", "xpu") or not torch.get_device_module(device.type).is_available():
+        return "", 0
+    properties = torch.get_device_module(device.type).get_device_properties(device)
+    units = getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0)
+    return class_of(properties.name), units
+
+
+def class_of(name: str) -> str:
+    """A device's name without maker, memory and form ("H200", "MI300X"): its first word of capitals and digits, else all."""
+    found = re.search(r"\b(?=[A-Z]+\d)[A-Z0-9]+\b", name)
+    return found.group() if found else name
+
+
+def distance(a: Problem, b: Problem) -> float:
+    """Octaves between two problems; infinite where rows of one say nothing about the other."""
+    if (a.element, a.block, a.num_pairs <= 64) != (b.element, b.block, b.num_pairs <= 64):
+        return math.inf
+    ratios = (
+        a.num_pairs * b.num_experts / (a.num_experts * b.num_pairs),
+        a.active / b.active,
+        a.n / b.n,
+        a.k / b.k,
+    )
+    return math.hypot(*(math.log2(r) for r in ratios))
+
+
+def nearest(
+    p: Problem, where: tuple[str, int], block: int | None, rows: tuple[Row, ...], runs: tuple[Run, ...]
+) -> Row | None:
+    """The nearest row measured at ``where`` within ``NEAR`` (ties: the first); ``block``: of those with blocks of so many pairs."""
+    here = [
+        (distance(p, row.problem), row)
+        for row in rows
+        if (runs[row.run].device, runs[row.run].units) == where and block in (None, row.block)
+    ]
+    best = min(here, key=lambda found: found[0], default=None)
+    return best[1] if best is not None and best[0] <= NEAR else None
+
+
+def legal(c: Config, p: Problem, shared: int) -> bool:
+    """Whether a row's configuration can also serve ``p``: its tiles fit, its split is not finer than the K loop."""
+    return (
+        shared_bytes(c, p) <= shared
+        and c.split <= -(-p.k // c.step)
+        and c.rows <= max(64, 2 * p.n)
+        and (p.element != "" or p.k % c.step == 0)
+    )
+
+
+def config_for(p: Problem, block: int, device: torch.device, units: int = UNITS, shared: int = SHARED) -> Config:
+    """The configuration for blocks of ``block`` pairs: of a near measured row, else the model's."""
+    row = nearest(p, place(device), block, ROWS, RUNS) if ROWS else None
+    if row is not None and legal(row.config, p, shared):
+        return row.config
+    return choose_config(p, block, units, shared)
+
+
+def block_for(p: Problem, device: torch.device) -> int:
+    """Pairs of a block of the alignment for a layer whose first weight is ``p``'s: of a near row, else the model's.
+
+    Rows are passed over while tracing, where the number of pairs may be a symbol.
+    """
+    row = None if torch.compiler.is_compiling() or not ROWS else _row(p, device)
+    return model_block(p) if row is None else row.block
+
+
+def model_block(p: Problem) -> int:
+    """The model's block size."""
+    return block_pairs(p.num_pairs, p.num_experts, p.element == "")
+
+
+@functools.lru_cache(maxsize=4096)  # asked in every call of a layer
+def _row(p: Problem, device: torch.device) -> Row | None:
+    return nearest(p, place(device), None, ROWS, RUNS)

@@ -29,18 +29,14 @@ OTHERS = [
 CONFIGS = [
     Config(16, 128, 128, 4, 4, maxnreg=128),
     Config(16, 128, 128, 4, 3, split=4, maxnreg=128),
-    Config(16, 256, 128, 8, 3),
     Config(16, 64, 128, 4, 5),
     Config(32, 128, 128, 4, 3, maxnreg=168),
     Config(64, 128, 128, 4, 3, levels=3, maxnreg=168),
-    Config(64, 256, 128, 8, 3, levels=2),
-    Config(128, 128, 128, 4, 3, levels=2),
     Config(128, 256, 128, 8, 3, group=8, levels=3),
-    Config(128, 256, 128, 8, 3, mask=False),
-    Config(128, 128, 128, 4, 2, levels=3),
+    Config(128, 128, 128, 4, 2, mask=False),
     Config(128, 128, 64, 4, 4, levels=3),
+    Config(128, 128, 64, 4, 5, group=8, levels=3),
     Config(256, 128, 128, 8, 3, levels=3),
-    Config(256, 128, 128, 8, 3, group=8, levels=3, mask=False),
 ]
 
 

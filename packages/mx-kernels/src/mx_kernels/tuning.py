@@ -12,7 +12,7 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together.
 
 The thresholds were measured on an NVIDIA H200 (torch 2.11, Triton 3.6, November 2026; docs/performance.md) on shapes from
-2048 x 768 to 28672 x 4096; ``benchmarks/gemm_gpu.py`` measures them again.
+2048 x 768 to 28672 x 4096; ``benchmarks/tune.py`` measures them again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likew
 class Config:
     """One launch: a program computes ``rows`` weight rows times up to ``pairs`` pairs of one expert.
 
-    pairs: at most those of a block of the alignment, of which it may be a part. step: columns a step of the K loop. split: programs that share the K loop of a tile. group: blocks of pairs that walk the
-    weight tiles together. levels: narrower loops (a half, a quarter of ``pairs``) for blocks with few pairs. mask: do not
-    load rows of x that are not there. evict: eviction policy of weight loads. maxnreg: registers a thread, 0 for the
-    compiler's choice. pdl: start before the kernel in front has ended (NVIDIA, sm_90 and up).
+    pairs: those of a block of the alignment, or a part of them. step: columns a step of the K loop. split: programs that share
+    the K loop of a tile. group: blocks of pairs that walk the weight tiles together. levels: narrower loops (a half, a quarter of
+    ``pairs``) for blocks with few pairs. mask: do not load rows of x that are not there. evict: eviction policy of weight loads.
+    maxnreg: registers a thread, 0 for the compiler's choice. pdl: start before the kernel in front has ended (NVIDIA, sm_90
+    and up).
     """
 
     pairs: int

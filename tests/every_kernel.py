@@ -30,6 +30,15 @@ def elementwise() -> None:
         finite(mk.activate(h, act, requantize_to=mk.MXFP8))
 
 
+def steps(layer: mk.PackedLayer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    """What ``layer.launch`` launches, one by one."""
+    block = mk.block_size(ids.numel(), layer.w13.shape[0], x.device, layer.w13)
+    tiles = mk.moe_align_block_size(ids, block, layer.w13.shape[0])
+    epilogue = mk.Epilogue(activation=layer.activation)
+    h = mk.grouped_gemm(x, layer.w13, tiles, top_k=ids.shape[1], epilogue=epilogue)
+    finite(mk.combine(mk.grouped_gemm(h, layer.w2, tiles, epilogue=mk.Epilogue(row_weight=weights)), tiles))
+
+
 def layers() -> None:
     experts, hidden, width, top_k = 5, 96, 160, 2
     for tokens in (1, 7, 70, 300):
@@ -50,6 +59,11 @@ def layers() -> None:
                 h = torch.where((ids.flatten() >= 0)[:, None], h, 0)  # rows of dropped pairs are undefined
                 y = mk.grouped_gemm(h, b, tiles, epilogue=mk.Epilogue(row_weight=weights.flatten()))
                 finite(mk.combine(y, tiles))
+            layer = mk.PackedLayer(mk.pack(w13, gated=True), mk.pack(w2), SWIGLU_OAI)
+            steps(layer, x, ids, weights)
+            out = layer.launch(x, ids, weights)
+            assert out is not None, "the steps have compiled every kernel of the layer"
+            finite(out)
             if fmt in mk.REBASED_FORMATS:
                 tiles = mk.moe_align_block_size(ids, 64 if tokens > 100 else 16, experts, sort=True)
                 rows = mk.rebase_rows(x, tiles, top_k=top_k, gather=True)

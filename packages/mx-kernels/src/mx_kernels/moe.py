@@ -52,9 +52,10 @@ class PackedLayer:
     def launch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:  # [T, H], [T, k], [T, k] -> [T, H]
         """The weighted sum over each token's experts, bit for bit what the five steps give, or None: then run those.
 
-        None is the answer to what they do not do in four launches (x in another dtype than the weights are decoded to, ids or weights
-        that are not contiguous int32 and float32, no tokens), to what they refuse, off accelerators with Triton, while
-        something traces or differentiates, and until the steps themselves have compiled their kernels.
+        None is the answer to what they do not do by these launches alone (x in another dtype than the weights are decoded to, ids or
+        weights that are not contiguous int32 and float32, unaligned tensors, no tokens), to what they refuse, off CUDA devices (ROCm's
+        count) with Triton and on others than the current one, while something traces, differentiates or profiles launches, and
+        until the steps themselves have compiled their kernels.
         """
         if not direct(x, ids, weights) or x.ndim != 2 or ids.ndim != 2 or x.device != self.w13.data.device:
             return None

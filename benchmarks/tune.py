@@ -15,6 +15,7 @@ Floors: ``cases.Shape.floor_us`` with the ceilings of ``cases.py``. Letters: P p
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -187,11 +188,17 @@ def median(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     return statistics.median(s.elapsed_time(e) for s, e in events) * 1e3
 
 
+@functools.cache
+def pool() -> Any:
+    """The memory that all graphs share: dozens of candidates wait at once, and nobody reads their results from there."""
+    return torch.cuda.graph_pool_handle()
+
+
 def graph_of(run: Callable[[int], object], layers: int) -> torch.cuda.CUDAGraph:
     run(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool()):
         for layer in range(layers):
             run(layer)
     return graph

@@ -234,9 +234,8 @@ def _memory(cells: list[Cell]) -> list[str]:
     for name, fmt in dict.fromkeys((c["name"], c["format"]) for c in cells if "workspace_bytes" in c):
         row = [c for c in cells if (c["name"], c["format"]) == (name, fmt) and "workspace_bytes" in c]
         parts = ", ".join(f"{c['workspace_bytes'] / 2**20:.1f} at T={c['tokens']}" for c in row)
-        lines.append(
-            f"- {name}: weights {row[0]['weight_bytes'] / 2**20:.0f} MiB; in a call, besides input and output, MiB: {parts}"
-        )
+        weights = f"weights {row[0]['weight_bytes'] / 2**20:.0f} MiB; " if "weight_bytes" in row[0] else ""
+        lines.append(f"- {name}: {weights}in a call, besides input and output, MiB: {parts}")
     return ["", "Memory:", "", *lines] if lines else []
 
 

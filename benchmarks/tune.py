@@ -187,16 +187,6 @@ def median(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     return statistics.median(s.elapsed_time(e) for s, e in events) * 1e3
 
 
-def graph_of(run: Callable[[int], object], layers: int) -> torch.cuda.CUDAGraph:
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in range(layers):
-            run(layer)
-    return graph
-
-
 def replayed(graph: torch.cuda.CUDAGraph, layers: int, budget: float) -> float:
     """Microseconds a layer, in about ``budget`` milliseconds."""
     first = median(graph, 2)
@@ -215,6 +205,10 @@ class Cell:
         self.ids = [routing(shape, tokens, seed)[0] for seed in range(self.layers)]
         self.active = statistics.mean(len(i.unique()) for i in self.ids)
         self.tiles: dict[int, list[mk.Alignment]] = {}
+        # Dozens of candidates wait at once and nobody reads their results, so their graphs share memory, which lives as long as
+        # one of them does.
+        self.pool = torch.cuda.graph_pool_handle()
+        self.first: torch.cuda.CUDAGraph | None = None
 
     def run(self, gemm: int, block: int, c: Config) -> Callable[[int], Tensor]:
         """The product of a layer."""
@@ -239,9 +233,20 @@ class Cell:
 
         return run
 
+    def graph(self, run: Callable[[int], object]) -> torch.cuda.CUDAGraph:
+        """A graph that walks all layers."""
+        run(0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            for layer in range(self.layers):
+                run(layer)
+        self.first = self.first or graph
+        return graph
+
     def in_turns(self, runs: list[Callable[[int], object]]) -> list[float]:
         """Medians of several things measured in turns."""
-        graphs = [graph_of(run, self.layers) for run in runs]
+        graphs = [self.graph(run) for run in runs]
         times: list[list[float]] = [[] for _ in runs]
         for turn in range(TURNS):
             order = range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs)))
@@ -278,7 +283,7 @@ def measure(cell: Cell, todo: list[Job], units: int) -> tuple[list[dict[str, Any
         graphs = []
         for job in (j for j in todo if j.gemm == gemm):
             try:
-                graphs.append((job, graph_of(cell.run(gemm, job.block, job.config), cell.layers)))
+                graphs.append((job, cell.graph(cell.run(gemm, job.block, job.config))))
             except Exception as error:  # too many resources: the next candidate
                 print(f"  {where} GEMM{gemm} {short(job.config)}: {error!r:.200}", flush=True)
                 if "CUDA error" in str(error):

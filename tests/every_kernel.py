@@ -23,6 +23,8 @@ def elementwise() -> None:
             x = torch.randn(37, 96, device="cuda", dtype=dtype)
             finite(mk.quantize(x, fmt))
             finite(mk.quantize_dequantize(x, fmt))
+        parts = mk.quantize(torch.randn(5, 37, 96, device="cuda"), fmt)
+        finite(mk.dequantize(parts, rows=torch.tensor([4, -1, 0], device="cuda"))[::2])
     h = torch.randn(19, 192, device="cuda", dtype=torch.bfloat16)
     for layout in ("concatenated", "interleaved"):
         act = mk.Activation("silu", layout)

@@ -133,7 +133,8 @@ def test_everything_is_drawn(report, tmp_path):
     ]
     source = run_of(tmp_path, "a", [*cells, cell("mx_mxfp8", 4.0, shape="4096,1536,64,6,silu", format="mxfp8")])
     peer = harness(tmp_path, [measured("humming_mxfp4", 22.0)])
-    where, cells = report.load([source, peer])
+    other = run_of(tmp_path, "b", [cell("torch_grouped_mm_bf16", 9.0, format="bf16", workspace_bytes=1 << 21)])
+    where, cells = report.load([source, peer, other])
     report.write(where, cells, tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {
@@ -141,8 +142,8 @@ def test_everything_is_drawn(report, tmp_path):
     }  # fmt: skip
     again = report.load([tmp_path / "out" / "moe.json"])
     assert report.markdown(*again) == (tmp_path / "out" / "moe.md").read_text()
-    assert "workspace" not in report.markdown(*again)
-    assert "MiB: 1.0 at T=4" in report.markdown(*again)
+    assert "mx_mxfp4: weights 1024 MiB; in a call, besides input and output, MiB: 1.0 at T=4" in report.markdown(*again)
+    assert "torch_grouped_mm_bf16: in a call, besides input and output, MiB: 2.0 at T=4" in report.markdown(*again)
 
 
 def test_shapes_of_the_command_line(bench):

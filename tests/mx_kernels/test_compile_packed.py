@@ -6,12 +6,15 @@ K loop, a spill inside of it or serialized wgmma would cost speed that no other 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import mx_kernels as mk
 from mx_kernels.packed_gemm import flat_product
-from mx_kernels.tuning import Problem, choose_config
+from mx_kernels.tuned import ROWS, model_block
+from mx_kernels.tuning import Config, Problem, choose_config
 
 kernel = pytest.importorskip("mx_kernels.kernels.grouped_gemm", exc_type=ImportError)
 pytestmark = pytest.mark.compile
@@ -26,7 +29,7 @@ def launched(monkeypatch):
     calls = []
     monkeypatch.setattr(kernel, "_launch", lambda plan, tensors: calls.append((plan, tensors)))
 
-    def run(name: str, block: int, k: int, act: mk.Activation | None):
+    def run(name: str, block: int, k: int, act: mk.Activation | None, config: Config | None = None):
         w = torch.randn(1, 256, k)
         q = w.bfloat16() if name == "bf16" else mk.quantize(w, name)
         p = mk.pack(q, gated=act is not None, layout=act.layout if act else "concatenated")
@@ -43,7 +46,7 @@ def launched(monkeypatch):
         x = torch.empty((pairs // 4, k), dtype=torch.bfloat16, device="meta")
         bias = torch.empty((EXPERTS, 256), dtype=torch.bfloat16, device="meta") if act else None
         args = flat_product(x, p, tiles, 4, mk.Epilogue(bias, act), None, torch.bfloat16)
-        kernel.grouped_gemm_packed(*args)
+        kernel.grouped_gemm_packed(*args, config)
         return calls[-1]
 
     return run
@@ -96,6 +99,55 @@ def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
         assert sum(line.startswith("LDL") for line in loop) <= 8
     threads = 32 * 4 if c["N"] <= 128 else 32 * 8
     assert len(loops[-1]) / (c["N"] * c["BK"] / threads) <= instructions
+
+
+LAYERS = (  # experts, experts a token, hidden, intermediate
+    (128, 4, 2880, 2880), (32, 4, 2880, 2880), (128, 8, 2048, 768), (8, 2, 4096, 14336), (64, 8, 2048, 1024), (256, 8, 7168, 256),
+)  # fmt: skip
+FORMATS = {"mxfp4": ("e2m1", 32), "nvfp4": ("e2m1", 16), "mxfp8": ("e4m3", 32), "bf16": ("", 32)}
+
+
+def chosen() -> dict[tuple[str, int, Config], int]:
+    """(format, pairs of a block, configuration) -> GEMM that the model takes it for first, over layers and numbers of tokens.
+
+    With the measured rows; without what the tests above and below pin.
+    """
+    found: dict[tuple[str, int, Config], int] = {}
+    for name, (element, block) in FORMATS.items():
+        for experts, top_k, hidden, inner in LAYERS:
+            for pairs in (top_k << power for power in range(15)):
+                for gemm, n, k in ((1, 2 * inner, hidden), (2, hidden, inner)):
+                    p = Problem(element, block, pairs, experts, n, k)
+                    size = 16 if pairs <= 64 else model_block(p)
+                    found.setdefault((name, size, replace(choose_config(p, size), pdl=False)), gemm)
+    for row in ROWS:
+        name = next(n for n, kind in FORMATS.items() if kind == (row.problem.element, row.problem.block))
+        found.setdefault((name, row.block, replace(row.config, pdl=False)), 1)
+    for name in FORMATS:
+        for block, pairs in PAIRS.items():
+            p = Problem(*FORMATS[name], pairs, EXPERTS, 256, 448)
+            found.pop((name, block, replace(choose_config(p, block), pdl=False)), None)
+    return found
+
+
+CHOSEN = chosen()
+
+
+def config_id(value: object) -> str | None:
+    return "x".join(map(str, vars(value).values())) if isinstance(value, Config) else None
+
+
+@pytest.mark.parametrize(("name", "block", "config"), CHOSEN, ids=config_id)
+def test_everything_that_is_chosen_on_hopper(aot, launched, name, block, config):
+    """Whatever the model or a measured row takes: the matrix unit runs unhindered, and nothing is spilled inside a K loop."""
+    act = OAI if CHOSEN[name, block, config] == 1 else None
+    made, c = compiled(aot, *launched(name, block, 1024, act, config), "sm_90")
+    assert "wgmma.mma_async" in made.asm
+    assert not any(code in made.log for code in ("C7510", "C7515"))
+    assert made.registers <= (kernel._REGISTERS.get(config.maxnreg, config.maxnreg) or 255)
+    loops = [loop for loop in made.loops() if any(line.startswith("HGMMA") for line in loop)]
+    assert len(loops) == c["LEVELS"]
+    assert not [line for loop in loops for line in loop if line.startswith("STL")], "a spill in a K loop"
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "nvfp4", "bf16"])

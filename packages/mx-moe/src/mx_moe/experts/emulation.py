@@ -42,13 +42,19 @@ class EmulationExperts(ExpertsBase):
             return super()._operands(routing, dtype)
         rows, table = hit_experts(routing.ids, self.num_experts, self.expert_map)
         return Weights(
-            lambda: mk.dequantize(w.w13, dtype, rows=rows),  # a value is rounded to dtype once, from float32
-            lambda: mk.dequantize(w.w2, dtype, rows=rows),
+            lambda: _plain(w.w13, rows, dtype),
+            lambda: _plain(w.w2, rows, dtype),
             self.num_experts if rows is None else rows.shape[0],
             _of_rows(w.w13_bias, rows, self.num_experts),
             _of_rows(w.w2_bias, rows, self.num_experts),
             table,
         )
+
+
+def _plain(w: Tensor | QuantizedTensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:  # [E, N, K] -> [R, N, K]
+    """Experts ``rows`` (None: all) in ``dtype``: a dequantized value is rounded to it once, from float32."""
+    assert isinstance(w, QuantizedTensor)
+    return mk.dequantize(w, dtype, rows=rows)
 
 
 def _of_rows(bias: Tensor | None, rows: Tensor | None, num_experts: int) -> Tensor | None:  # [E, N] -> [R, N]

@@ -4,8 +4,8 @@
 
 - emulation: dequantize-on-the-fly experts, CUDA graph, cold weights; the dequantization alone against a copy of this run, for the
   experts that T tokens hit (only those are dequantized). Each layer was checked against float32.
-- host: a call outside of a graph. Median time in which the host issues it while the device is busy with earlier work, and wall
-  time of a call that the host waits for.
+- host: a call outside of a graph. The time in which the host issues it, one of ROW in a row as the layers of a model are, while the
+  device is busy with earlier work (median of rows); and the wall time of a call that the host waits for.
 - compile: seconds from the first call of a new process to its result, with an empty Triton cache and with the cache that this left;
   imports, weights and packing are outside.
 - memory: bytes of the packed weights over those of their codes and scales, and the most that a call allocates besides its output.
@@ -37,6 +37,7 @@ import mx_kernels as mk
 import mx_moe as mm
 
 Row = dict[str, Any]
+ROW = 20
 
 
 def layer(shape: Shape, fmt: str, mode: str = "a16") -> Any:
@@ -95,11 +96,12 @@ def host(shape: Shape, formats: list[str], tokens: list[int], calls: int = 200) 
                     call()
                 torch.cuda.synchronize()
                 issue, wall = [], []
-                for _ in range(calls):
-                    torch.cuda._sleep(2_000_000)  # about a millisecond: the device never waits for the host
+                for _ in range(calls // ROW):
+                    torch.cuda._sleep(20_000_000)  # about ten milliseconds: the device never waits for the host
                     begun = time.perf_counter()
-                    call()
-                    issue.append(time.perf_counter() - begun)
+                    for _ in range(ROW):
+                        call()
+                    issue.append((time.perf_counter() - begun) / ROW)
                     torch.cuda.synchronize()
                 for _ in range(calls):
                     begun = time.perf_counter()

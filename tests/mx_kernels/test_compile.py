@@ -158,7 +158,8 @@ def test_align(aot, target, pairs, experts, mapped, monkeypatch):
         values = dict(zip(names[len(tensors) :], launch.values, strict=True))
         numbers = {n: "i32" for n in names[len(tensors) :] if n.islower() and values[n]}
         signature = {n: "*i32" for n in tensors if mapped or n != "expert_map"} | numbers
-        constants = {n: v for n, v in values.items() if n not in numbers} | ({} if mapped else {"expert_map": None})
+        constants = {n: v for n, v in values.items() if n not in numbers}
+        constants |= {"expert_map": None} if not mapped and "expert_map" in names else {}
         unaligned = tuple(n for n in numbers if values[n] % 16)
         options = {n: v for n, v in launch.options.items() if n != "launch_pdl"}
         made = checked(aot.compile_kernel(launch.kernel, signature, constants, target, unaligned=unaligned, **options))

@@ -69,15 +69,15 @@ def compiled(aot, plan, tensors, target: str, **changed):
 
 LIMITS = {  # (format, block) -> registers, instructions of the K loop for each weight of a thread (widest loop)
     ("mxfp4", 16): (128, 3.05),
-    ("mxfp4", 32): (168, 3.15),
-    ("mxfp4", 64): (168, 3.40),
+    ("mxfp4", 32): (168, 3.85),
+    ("mxfp4", 64): (168, 4.25),
     ("mxfp4", 128): (255, 4.70),
     ("nvfp4", 16): (128, 3.20),
-    ("nvfp4", 64): (168, 3.60),
+    ("nvfp4", 64): (168, 4.40),
     ("nvfp4", 128): (255, 4.80),
     ("mxfp8", 16): (128, 3.40),
-    ("mxfp8", 32): (168, 3.55),
-    ("mxfp8", 64): (168, 3.75),
+    ("mxfp8", 32): (168, 4.15),
+    ("mxfp8", 64): (168, 4.55),
     ("mxfp8", 128): (255, 5.00),
 }
 

@@ -194,7 +194,8 @@ def _pack_quantized(w: QuantizedTensor, gated: bool, layout: str) -> PackedWeigh
     if on_device:
         tiles, strips = width // (64 if element is E2M1 else 32), -(-(n // 2) // 8) if gated else -(-n // STRIP)
         data, seen = kernels("packing").pack_codes(codes, scale, f, tiles, strips, gated, layout)
-        least, used, most, bad = seen.cpu().unbind(1)  # the one wait for the device
+        least, used, most, bad = seen.cpu().int().unbind(1)  # the one wait for the device
+        least, used = 255 - least, 255 - used
         if bool(bad.any()):
             e = int(bad.nonzero()[0])
             _finite(codes[e : e + 1], f, e)

@@ -144,7 +144,7 @@ def _preferred(p: Problem, pairs: int, units: int) -> Config:
         return Config(pairs, rows, step, 4, stages, split, maxnreg=128, pdl=few)
     if pairs <= 64:
         levels = 2 if pairs == 32 or each < 48 else 3
-        return Config(pairs, rows, step, 4, 4 if plain else 3, levels=levels, maxnreg=0 if plain else 168)
+        return Config(pairs, rows, 64, 4, 4, levels=levels, maxnreg=0 if plain else 168)
     if plain and pairs == 256:
         if p.k <= 1024 and p.n >= 256:
             return Config(128, 256, 64, 8, 4, group=8, levels=3, mask=False)

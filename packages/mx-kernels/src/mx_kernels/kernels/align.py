@@ -1,11 +1,11 @@
 """Alignment of routed pairs: a stable counting sort by expert into padded blocks, without atomics.
 
-    position(pair) = start(expert) + (pairs of the expert in earlier tiles) + (earlier pairs of the expert in this tile)
+    position(pair) = start(expert) + (pairs of the expert in earlier chunks) + (earlier pairs of the expert in this chunk)
 
-A program looks at a tile of TILE pairs for the sake of GROUP experts: a running sum over the tile counts two of them at a time, in the
-halves of a word. Up to FUSED_PAIRS pairs one launch does all, each program counting every expert for itself. Beyond, one launch ranks
-pairs within their tile, and a second one places them. Nothing depends on the order in which programs run: same inputs, same bits.
-Letters: P pairs, E experts in the weights (EP: the next power of two), tiles of TILE pairs.
+Up to FUSED_PAIRS pairs one launch does all: each program counts every expert for itself and places the pairs of two, by a running
+sum that counts them in the halves of a word. Beyond, one launch counts the pairs of each chunk of CHUNK, one sums those counts over
+the chunks, and one compares the pairs of a chunk with each other and places them. Nothing depends on the order in which programs
+run: same inputs, same bits. Letters: P pairs, E experts in the weights (EP: the next power of two).
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ from ..alignment import capacity
 from .launch import Launch, starts_early
 
 FUSED_PAIRS = 2048
-TILE = 1024  # pairs that a program ranks; four times as many from MANY pairs on, so that their counts stay few
-MANY = 1 << 17
-PROGRAMS = 528  # that ranking may take: four on each multiprocessor of an H200
-PLACERS = 132
-RANK_WARPS = 4
+CHUNK = 128
 
 
 @triton.jit
@@ -121,44 +117,49 @@ def _align_kernel(
 
 
 @triton.jit
-def _rank_kernel(
+def _count_kernel(
     ids,  # [P]
     expert_map,
-    ranks,  # [P], from 1 on
-    counts,  # [tiles, EP]
+    counts,  # [chunks + 1, EP]
     pairs,
     experts,
     num_global,
     HAS_MAP: tl.constexpr,
     EP: tl.constexpr,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Each pair's place among its expert's pairs in its tile, and how many those are."""
+    """How many pairs of each expert a chunk holds."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    group, tile = tl.program_id(0), tl.program_id(1)
-    i = tile * TILE + tl.arange(0, TILE)
-    e = _experts(ids, expert_map, i, pairs, experts, num_global, HAS_MAP)
-    counts += tile.to(tl.int64) * EP
-    rank = tl.zeros((TILE,), tl.int32)
-    for first in range(group * GROUP, group * GROUP + GROUP, 2):
-        here, one = _two(e, first)
-        rank += here * tl.cumsum(one, 0)
-        count = tl.sum(one, 0)
-        tl.store(counts + first, count & 0xFFFF, mask=first < EP)
-        tl.store(counts + first + 1, count >> 16, mask=first < EP)
-    tl.store(ranks + i, _half(rank, e), mask=(e >= 0) & (e // GROUP == group))
+    e = _experts(ids, expert_map, tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), pairs, experts, num_global, HAS_MAP)
+    count = tl.histogram(tl.where(e >= 0, e, 0), EP, mask=e >= 0)
+    tl.store(counts + tl.program_id(0).to(tl.int64) * EP + tl.arange(0, EP), count)
+
+
+@triton.jit
+def _scan_kernel(counts, chunks, EP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+    """counts [chunks + 1, EP], in place: what earlier chunks hold; in the last row what all hold. A program takes COLUMNS experts."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((COLUMNS,), tl.int32)
+    for first in range(0, chunks, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        at = counts + row.to(tl.int64) * EP + column
+        here = tl.load(at, mask=row < chunks, other=0)
+        tl.store(at, tl.cumsum(here, 0) - here + total[None, :], mask=row < chunks)
+        total += tl.sum(here, 0)
+    tl.store(counts + tl.cast(chunks, tl.int64) * EP + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), total)
 
 
 @triton.jit
 def _place_kernel(
     ids,  # [P]
     expert_map,
-    ranks,  # [P]
-    counts,  # [tiles, EP]
+    counts,  # [chunks + 1, EP]
     sorted_ids,  # [slots], the capacity
     expert_ids,  # [slots / BLOCK]
     num_padded,  # [1]
@@ -166,36 +167,32 @@ def _place_kernel(
     experts,
     num_global,
     slots,
-    tiles,
     HAS_MAP: tl.constexpr,
     BLOCK: tl.constexpr,
     EP: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,  # divides TILE
-    ROWS: tl.constexpr,  # of counts at a time
+    CHUNK: tl.constexpr,
     OWN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add up what is in front of each pair: the experts before its own, and their pairs in earlier tiles."""
+    """Add up what is in front of each pair: the experts before its own, their pairs in earlier chunks, and those in this one."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    i = pid * CHUNK + tl.arange(0, CHUNK)
-    e = _experts(ids, expert_map, i, pairs, experts, num_global, HAS_MAP)  # there already before the ranks are
+    first = pid * CHUNK
+    i = first + tl.arange(0, CHUNK)
+    mine = _experts(ids, expert_map, i, pairs, experts, num_global, HAS_MAP)  # there already before the counts are
+    position = tl.zeros((CHUNK,), tl.int32)
+    for column in tl.static_range(0, CHUNK, 32):
+        j = first + column + tl.arange(0, 32)
+        other = _experts(ids, expert_map, j, pairs, experts, num_global, HAS_MAP)
+        position += tl.sum(((mine[:, None] == other[None, :]) & (i[:, None] > j[None, :])).to(tl.int32), 1)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    rank = tl.load(ranks + i, mask=e >= 0, other=0)
-    total = tl.zeros((EP,), tl.int32)
-    before = tl.zeros((EP,), tl.int32)
-    column = tl.arange(0, EP)[None, :]
-    for at in range(0, tiles, ROWS):
-        row = at + tl.arange(0, ROWS)[:, None]
-        here = tl.load(counts + row.to(tl.int64) * EP + column, mask=(row < tiles) & (column < experts), other=0)
-        total += tl.sum(here, 0)
-        before += tl.sum(tl.where(row < pid * CHUNK // TILE, here, 0), 0)
+    total = tl.load(counts + programs.to(tl.int64) * EP + tl.arange(0, EP))
+    before = tl.load(counts + pid.to(tl.int64) * EP + tl.arange(0, EP))
     padded = (total + BLOCK - 1) // BLOCK * BLOCK
     start = tl.cumsum(padded, 0) - padded
-    position = tl.gather(start + before, tl.where(e >= 0, e, 0), 0) + rank - 1
-    tl.store(sorted_ids + position, i, mask=e >= 0)
+    position += tl.gather(start + before, tl.where(mine >= 0, mine, 0), 0)
+    tl.store(sorted_ids + position, i, mask=mine >= 0)
     _fill(sorted_ids, expert_ids, num_padded, start, total, padded, pid, programs, pairs, slots, BLOCK, EP, OWN)
 
 
@@ -229,7 +226,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=4096)
 def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, device: torch.device) -> Plan:
-    """No launch for no pairs, one for few, two for many."""
+    """No launch for no pairs, one for few, three for many."""
     slots = capacity(pairs, block_size, num_experts)
     sizes = {"sorted_ids": slots, "expert_ids": slots // block_size, "num_padded": 1}
     if pairs == 0:
@@ -251,36 +248,24 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
             num_warps=align_warps(tile),
         )
         return Plan(sizes, ((run, given + made),))
-    many = 1 if pairs <= MANY else 4
-    tile, warps = TILE * many, RANK_WARPS * many
-    tiles = -(-pairs // tile)
-    group = 2
-    while group < 64 and -(-num_experts // group) * tiles > PROGRAMS:
-        group *= 2
-    chunk = min(tile, max(128, triton.next_power_of_2(-(-pairs // PLACERS))))
-    placers = -(-pairs // chunk)
+    chunks = -(-pairs // CHUNK)
+    sizes |= {"counts": (chunks + 1) * bins}
     early = starts_early("place", pairs, device)
-    sizes |= {"ranks": pairs, "counts": tiles * bins}
-    rank = Launch(
-        *(_rank_kernel, (-(-num_experts // group), tiles), device, *numbers),
-        **first | {"PDL": first["PDL"] or early},
-        TILE=tile,
-        GROUP=group,
-        num_warps=warps,
-    )
+    later = {"PDL": early, **({"launch_pdl": True} if early else {})}
+    first |= {"PDL": first["PDL"] or early}  # lets the next one start, even where it does not start early itself
+    count = Launch(*(_count_kernel, (chunks,), device, *numbers), **first, CHUNK=CHUNK, num_warps=4)
+    scan = Launch(*(_scan_kernel, (bins // 4,), device, chunks), EP=bins, ROWS=1024, COLUMNS=4, **later, num_warps=8)
     place = Launch(
-        *(_place_kernel, (placers,), device, *numbers, slots, tiles),
+        *(_place_kernel, (chunks,), device, *numbers, slots),
         **fixed,
+        **later,
         BLOCK=block_size,
-        TILE=tile,
-        CHUNK=chunk,
-        ROWS=min(triton.next_power_of_2(tiles), max(1, 4096 // bins)),
-        OWN=max(2, triton.next_power_of_2(-(-bins // placers))),
-        PDL=early,
-        **({"launch_pdl": True} if early else {}),
-        num_warps=4 if chunk <= 256 else 8,
+        CHUNK=CHUNK,
+        OWN=max(2, triton.next_power_of_2(-(-bins // chunks))),
+        num_warps=4,
     )
-    return Plan(sizes, ((rank, (*given, "ranks", "counts")), (place, (*given, "ranks", "counts", *made))))
+    steps = ((count, (*given, "counts")), (scan, ("counts",)), (place, (*given, "counts", *made)))
+    return Plan(sizes, steps)
 
 
 def align_warps(tile: int) -> int:

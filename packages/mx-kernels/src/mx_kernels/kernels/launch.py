@@ -48,8 +48,8 @@ PDL_PAIRS = {"align": 0, "place": 1 << 31, "gemm1": 0, "gemm2": 64, "combine": 0
 """Up to how many pairs a kernel of an MoE layer starts before the one in front of it has ended (NVIDIA, sm_90 and up).
 
 Such a kernel waits for the end of the one in front (``gdc_wait``) before it reads what that or anything earlier wrote, and only then
-lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. "place" reads the ids, and
-nothing else, before it waits: the kernel in front of it is always the alignment's first, which has waited for them.
+lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. "place" stands for the
+alignment's last two; the last reads the ids, and nothing else, before it waits: the alignment's first has waited for them.
 """
 
 

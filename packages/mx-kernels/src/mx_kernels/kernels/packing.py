@@ -4,8 +4,8 @@
 
 A packed row pairs rows g and g + 8 of its strip (gated: a gate row and its up row), so a program reads two tiles of rows, A and B,
 as 32-bit words, merges them bit by bit in registers and writes whole tiles. All index arithmetic that grows with E is 64-bit.
-Each program also says what it saw, in one int32: smallest scale byte, smallest scale byte of a block that is not all zeros,
-largest scale byte, and whether a code is not finite.
+Each program also says what it saw, in the four bytes of a word: 255 less the smallest scale byte, 255 less the smallest of a block
+that is not all zeros, the largest scale byte, and whether a code is not finite. The largest of each is what an expert has.
 
 Letters: R = 8 S rows of A (and of B) of S strips, T K tiles; g, c, step and k half are a thread's place in ``packing.py``.
 """
@@ -193,7 +193,7 @@ def _pack_codes_kernel(
         some_b = in_b & (tl.reduce(used_b, 2, _or) != 0)
         used = tl.min(tl.minimum(tl.where(some_a, scale_a, 254), tl.where(some_b, scale_b, 254)))
     pid = (expert * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(seen + pid, low | (used << 8) | (high << 16) | (bad << 24))
+    tl.store(seen + pid, (255 - low) | ((255 - used) << 8) | (high << 16) | (bad << 24))
 
     if ELEMENT == "e2m1":
         word = word.permute(2, 0, 1, 4, 3)
@@ -378,10 +378,11 @@ def _words(t: Tensor) -> Tensor:
 def pack_codes(
     codes: Tensor, scale: Tensor, f: Format, tiles: int, strips: int, gated: bool, layout: str
 ) -> tuple[Tensor, Tensor]:
-    """Codes, uint8 [E, N, data_width(K)], and scale bytes [E, N, K / block] -> data [E, tiles, strips, 512] and int32 [E, 4].
+    """Codes, uint8 [E, N, data_width(K)], and scale bytes [E, N, K / block] -> data [E, tiles, strips, 512] and uint8 [E, 4].
 
-    The second result, per expert: smallest scale byte; smallest of a block that is not all zeros (254 if none; for E2M1 the same as
-    the first); largest; 1 if a code is not finite. Codes of NVFP4 blocks whose scale is zero become zeros of their sign.
+    The second result, per expert: 255 less the smallest scale byte; 255 less the smallest of a block that is not all zeros (254 if
+    none; for E2M1 the same as the first); the largest; 1 if a code is not finite. Codes of NVFP4 blocks whose scale is zero become
+    zeros of their sign.
     """
     experts, n, blocks = scale.shape
     s, t, warps = CODES[f.element.name]
@@ -411,9 +412,7 @@ def pack_codes(
         T=t,
         num_warps=warps,
     )
-    parts = seen.view(torch.uint8).view(experts, -1, 4)
-    low, high = parts[..., :2].amin(1), parts[..., 2:].amax(1)
-    return data, torch.cat((low, high), 1).int()
+    return data, seen.view(torch.uint8).view(experts, -1, 4).amax(1)
 
 
 def pack_scales(

@@ -192,7 +192,8 @@ def quantize_checkpoint(
             run = Quantizer(reader, writer, lay, f, rule, job.sources, work, place)
             tasks = pack(work, limit)
             sizes = [t.nbytes for t in tasks]
-            run_tasks(tasks, sizes, run, workers, buffer_nbytes=buffer_nbytes(tasks), progress=progress)
+            pinned = place.type != "cpu"
+            run_tasks(tasks, sizes, run, workers, buffer_nbytes=buffer_nbytes(tasks), pinned=pinned, progress=progress)
 
         resumed = produce(reader, out_path, job.output, write, resume=resume, overwrite=overwrite)
     return replace(summary, resumed=resumed, seconds=time.perf_counter() - start)
@@ -201,8 +202,8 @@ def quantize_checkpoint(
 def _device(device: str | torch.device) -> torch.device:
     """The device, after it has held a tensor: a run that finds out later would leave a partial output."""
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        # With its index: "cuda" is the current device, which is another thing in another thread.
+        found = torch.empty(1, device=torch.device(device)).device
     except (RuntimeError, AssertionError) as e:
         text = str(e).splitlines()[0]
         raise ValueError(f"the device {str(device)!r} cannot be used ({text}): choose cpu or another one") from e

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="expert weights that may stay in full precision; others that would are an error",
+        help="expert weights that may stay in full precision or be missing; others are an error",
     )
     c.add_argument("--rule", help="scale rule: rceil, even, floor, ceil, search; nvfp4: amax, four_over_six, search")
     c.add_argument("--search", action="store_true", help="the same as --rule search: slower, smallest squared error")

@@ -150,7 +150,7 @@ def quantize_checkpoint(
     layout: a row of LAYOUTS or its name (None: "mxfp8" for MXFP8, else the first that holds the format).
     include, exclude: shell patterns on weight names; by default linears of attention and MLPs and all experts are quantized,
         and embeddings, lm_head, norms and routers are not.
-    allow_unquantized_experts: patterns of expert weights that may stay in full precision; others that would are an error.
+    allow_unquantized_experts: patterns of expert weights that may stay in full precision or be missing; others are an error.
     rule: scale rule, None for the format's default; search=True is rule="search". activations: the config asks readers to
         quantize activations too (MX formats, whose activation scales are dynamic).
     dry_run: only plan. resume: continue what an interrupted run left. overwrite: replace ``out``.
@@ -259,8 +259,8 @@ def _plan(
         )
     config = configs.get("config.json", {})
     family = family_of(config, infos)
-    check_experts(infos, family)
     refs = plain_refs(config, infos)
+    check_experts(refs, infos, family, config, allow)
     selection = select(refs, infos, layout, format, include=include, exclude=exclude, allow_unquantized_experts=allow)
     chosen = {r.name: replace(r, format=format, rule=rule) for r in selection.chosen}
     biases = [r for r in refs if r.kind not in MATRICES and expert_module(r.name) in {expert_module(n) for n in chosen}]

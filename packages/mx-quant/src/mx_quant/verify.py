@@ -103,7 +103,7 @@ def verify_checkpoint(
 
     Damaged or contradictory files; tensors, or matrices of experts, that are missing; wrong shapes; scales that are NaN, zero
     under codes that are not, or out of range; FP8 codes and full-precision values that are not finite; experts left in full
-    precision (unless allowed by name); tensors that differ from their CRC-32. With ``against``, its source: tensors that were
+    precision or not there (unless allowed by name); tensors that differ from their CRC-32. With ``against``, its source: tensors that were
     lost or changed, and the SNR of every weight, which must be at least ``min_snr`` dB.
 
     Never raises for what is wrong with ``out``; ValueError for a bad argument or an unreadable ``against``.
@@ -124,10 +124,13 @@ def verify_checkpoint(
             for r in ck.plain.values()
             if r.kind in MATRICES and r.kind != "linear" and matches(r.name, allow_unquantized_experts) is None
         ]
-        for h in expert_holes([*ck.weights, *ck.plain], ck.family):
+        fused = {r.name: r.shape[0] for r in (*ck.weights.values(), *ck.plain.values()) if r.kind == "fused_expert"}
+        config = ck.configs.get("config.json", {})
+        for h in expert_holes(
+            [*ck.weights, *ck.infos], ck.family, config, fused=fused, allow=allow_unquantized_experts
+        ):
             rest = f" ({h.missing} of this layer are missing)" if h.missing > 1 else ""
-            detail = f"each of the {h.count} experts of {h.experts} needs {', '.join(h.projections)}{rest}"
-            findings += [Finding(n, "missing", detail) for n in h.names]
+            findings += [Finding(n, "missing", h.detail + rest) for n in h.names]
         crc, more = _manifest(ck)
         findings += more
         owned = {t for r in ck.weights.values() for t in r.tensors}

@@ -351,10 +351,10 @@ def test_a_complete_set_needs_no_index(tmp_path):
     with ShardReader(tmp_path) as r:
         assert r.names == ("t0", "t1", "t2")
     (tmp_path / files[1]).rename(tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="3 .safetensors files and no"):
+    with pytest.raises(ValueError, match=r"3 \.safetensors files and no"):
         ShardReader(tmp_path)
     (tmp_path / "other.safetensors").unlink()
-    with pytest.raises(ValueError, match="2 .safetensors files and no"):
+    with pytest.raises(ValueError, match=r"2 \.safetensors files and no"):
         ShardReader(tmp_path)
     save_file({"t0": torch.zeros(1)}, tmp_path / files[1])
     with pytest.raises(ValueError, match="is both in"):

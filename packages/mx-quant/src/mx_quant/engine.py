@@ -164,7 +164,7 @@ class Quantizer:
                 if isinstance(item, Unit):
                     self._members.setdefault(item.group, {}).update(dict.fromkeys(item.keys))
         self._globals: dict[tuple[str, int | None], Tensor] = {}
-        self._lock = threading.Lock()
+        self._lock, self._launch = threading.Lock(), threading.Lock()
         self._outputs: dict[str, tuple[str, ...]] = {}
         self._local = threading.local()
 
@@ -299,9 +299,14 @@ class Quantizer:
         if f.has_global_scale:
             g = torch.stack([self._global(unit, views) for unit in run])
             x = x.unflatten(0, (len(run), -1))
-        if self._device.type != "cpu":
+        if self._device.type == "cpu":
+            q = mk.quantize(x, f, rule=self._rule, global_scale=g)
+        else:
+            # Both copies wait: the first for the buffer, which this thread fills again, the second for the result.
             x, g = x.to(self._device), None if g is None else g.to(self._device)
-        q = mk.quantize(x, f, rule=self._rule, global_scale=g).to("cpu")
+            with self._launch:  # Triton compiles at a first launch, which is no work for two threads at once
+                q = mk.quantize(x, f, rule=self._rule, global_scale=g)
+            q = q.to("cpu")
         # mx_kernels marks blocks with a NaN or an infinity by scale bytes 0xFF and 0xFE, which no finite block reaches.
         if f.scale == "e8m0" and int(q.scale.max()) >= 0xFE:
             for unit in run:

@@ -155,6 +155,7 @@ def quantize_checkpoint(
         quantize activations too (MX formats, whose activation scales are dynamic).
     dry_run: only plan. resume: continue what an interrupted run left. overwrite: replace ``out``.
     max_memory: of the whole process, at its peak. max_shard_size: of an output file. jobs: worker threads, None for one per CPU.
+    device: where weights are quantized; the bytes of the output are the same from any.
 
     NVFP4: q, k and v, and gate and up, share one global scale, the smallest at least amax / 2688 whose reciprocal has an
     exact reciprocal, so that layouts that store divisors lose nothing.
@@ -182,8 +183,7 @@ def quantize_checkpoint(
         summary = replace(job.summary, src=str(src_path), out=str(out_path), dry_run=dry_run)
         if dry_run:
             return summary
-        place = _device(device)
-        mk.quantize(torch.zeros(1, f.block), f)  # what PyTorch imports at the first call belongs to the process
+        place = _device(device, f)
         limit, workers = _fit(parse_bytes(max_memory), jobs, job)
 
         def write(writer: ShardWriter) -> None:
@@ -192,22 +192,25 @@ def quantize_checkpoint(
             run = Quantizer(reader, writer, lay, f, rule, job.sources, work, place)
             tasks = pack(work, limit)
             sizes = [t.nbytes for t in tasks]
-            pinned = place.type != "cpu"
+            pinned = place.type in ("cuda", "xpu")
             run_tasks(tasks, sizes, run, workers, buffer_nbytes=buffer_nbytes(tasks), pinned=pinned, progress=progress)
 
         resumed = produce(reader, out_path, job.output, write, resume=resume, overwrite=overwrite)
     return replace(summary, resumed=resumed, seconds=time.perf_counter() - start)
 
 
-def _device(device: str | torch.device) -> torch.device:
-    """The device, after it has held a tensor: a run that finds out later would leave a partial output."""
+def _device(device: str | torch.device, format: Format) -> torch.device:
+    """The device, after it has quantized a block: a run that finds out later would leave a partial output.
+
+    What PyTorch and Triton import at the first call belongs to the process, whose memory is looked at after this.
+    """
     try:
-        # With its index: "cuda" is the current device, which is another thing in another thread.
-        found = torch.empty(1, device=torch.device(device)).device
-    except (RuntimeError, AssertionError) as e:
-        text = str(e).splitlines()[0]
+        x = torch.zeros(1, format.block, device=torch.device(device))
+        mk.quantize(x, format).to("cpu")
+    except (RuntimeError, AssertionError, TypeError) as e:
+        text = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"the device {str(device)!r} cannot be used ({text}): choose cpu or another one") from e
-    return found
+    return x.device  # with its index: "cuda" is the current device, which is another one in another thread
 
 
 def _layout_for(format: Format, layout: Layout | str | None) -> Layout:

@@ -116,7 +116,8 @@ def expert_holes(
     """What is missing among expert weights, but for what ``allow`` names.
 
     Each expert has every matrix that any of its layer has, a down_proj, and an up_proj beside a gate_proj. Their numbers run from
-    0 up to what config.json says, or else up to the largest of any layer; and where there is a router, there are experts.
+    0 up to what config.json says, or else up to the largest of any layer (a fused tensor cannot lose its end: config.json alone
+    tells what it must hold); and where there is a router, there are experts.
     names: of all tensors. fused: the experts that each fused tensor holds.
     """
     found: dict[str, dict[str, dict[int, str]]] = {}
@@ -128,11 +129,11 @@ def expert_holes(
         elif role.kind == "router" and name.endswith((".gate.weight", ".router.weight")):
             routed.append(name.rsplit(".", 2)[0])
     counts = {experts: 1 + max(max(present) for present in parts.values()) for experts, parts in found.items()}
-    sizes = {**counts, **(fused or {})}
-    said, why = _experts_said(config or {})
-    if said is None and sizes:
-        largest = max(sizes, key=sizes.__getitem__)
-        said, why = sizes[largest], f"{largest} has {sizes[largest]}"
+    stated, field = _experts_said(config or {})
+    said, why = stated, field
+    if stated is None and counts:
+        largest = max(counts, key=counts.__getitem__)
+        said, why = counts[largest], f"{largest} has {counts[largest]}"
     holes = []
     for experts, parts in found.items():
         count = max(counts[experts], said or 0)
@@ -162,8 +163,8 @@ def expert_holes(
         if not layers & {module, f"{module}.experts"} and matches(f"{module}.experts", allow) is None:
             holes.append(Holes((f"{module}.experts",), 1, 1, f"{module} has a router and no experts"))
     for name, n in (fused or {}).items():
-        if n < (said or 0) and matches(name, allow) is None:
-            holes.append(Holes((name,), said - n, said, f"it holds {n} experts of {said} ({why})"))  # type: ignore[operator, arg-type]
+        if stated is not None and n < stated and matches(name, allow) is None:
+            holes.append(Holes((name,), stated - n, stated, f"it holds {n} experts of {stated} ({field})"))
     return holes
 
 

@@ -391,9 +391,7 @@ def base_memory():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory as Linux reports it")
-@pytest.mark.parametrize(
-    ("f", "layout"), [("mxfp4", "compressed-tensors"), ("mxfp8", "mxfp8"), ("nvfp4", "modelopt")]
-)
+@pytest.mark.parametrize(("f", "layout"), [("mxfp4", "compressed-tensors"), ("mxfp8", "mxfp8"), ("nvfp4", "modelopt")])
 def test_memory_is_bounded(tmp_path, f, layout):
     """A checkpoint more than 8 times larger than the limit, with a linear, an embedding and a fused tensor larger than it."""
     base = base_memory()

@@ -174,7 +174,7 @@ def _report(a: argparse.Namespace, progress: Any) -> tuple[Any, bool]:
 
     if a.plot is not None and not Path(a.plot).absolute().parent.is_dir():
         raise ValueError(f"the folder of {a.plot} does not exist: make it first")
-    found = report_checkpoint(a.out, a.src)
+    found = report_checkpoint(a.out, a.src, progress=progress)
     if a.plot is not None:
         found.plot(a.plot)
     return (found if a.json else found.to_markdown(a.worst).rstrip()), True

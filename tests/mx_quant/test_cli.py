@@ -83,6 +83,48 @@ def test_errors(src, tmp_path, capsys, args, message):
     assert message in json.loads(capsys.readouterr().out)["error"]
 
 
+def test_every_command_draws_its_progress_and_prints_one_json_object(src, tmp_path, capsys, monkeypatch):
+    import tqdm
+
+    drawn = []
+
+    class Bar:
+        n, total = 0, None
+
+        def __init__(self, **options):
+            assert options["file"] is sys.stderr
+
+        def update(self, more):
+            self.n += more
+
+        def close(self):
+            drawn.append((self.n, self.total))
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    out, other = tmp_path / "out", tmp_path / "other"
+    commands = {
+        "quantize": (src, out, "--format", "nvfp4", "--layout", "modelopt"),
+        "verify": (out, "--against", src),
+        "convert": (out, other, "--layout", "compressed-tensors"),
+        "dequantize": (other, tmp_path / "plain"),
+        "report": (out, src),
+    }
+    for name, args in commands.items():
+        assert run(name, *args, "--json") == 0
+        found = capsys.readouterr()
+        assert isinstance(json.loads(found.out), dict), name
+        assert found.err == ""
+        ((n, total),) = set(drawn)
+        assert n == total > 50_000, name
+        drawn.clear()
+        if name in ("quantize", "convert", "dequantize"):
+            assert run(name, *args, "--json", "--quiet", "--overwrite") == 0
+            capsys.readouterr()
+            assert drawn == []
+    assert run("inspect", out, "--json") == 0
+    assert 0 < json.loads(capsys.readouterr().out)["coverage"] < 1
+
+
 def test_verify_fails_on_a_finding(src, tmp_path, capsys):
     assert run("verify", src) == 1
     assert "no weight is quantized" in capsys.readouterr().out

@@ -93,3 +93,140 @@ def test_namings_do_not_mix(original, tmp_path):
     ref = WeightRef("model.layers.0.mlp.experts.down_proj", "fused_expert", (E, H, I), mk.MXFP4)
     with pytest.raises(ValueError, match=r"is not named as layout gpt-oss-original names experts.*use gpt-oss"):
         LAYOUTS["gpt-oss-original"].plan(ref)
+
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.fixture
+def published(tmp_path, checkpoints):
+    """A bf16 gpt-oss checkpoint under transformers' names with everything that the published ones hold, quantized by us."""
+    tensors = checkpoints.gpt_oss_tensors(layers=2)
+    for i in range(2):
+        p = f"model.layers.{i}"
+        for name, rows in (("q", 64), ("k", 32), ("v", 32)):
+            tensors[f"{p}.self_attn.{name}_proj.weight"] = torch.randn(rows, 64).bfloat16()
+            tensors[f"{p}.self_attn.{name}_proj.bias"] = torch.randn(rows).bfloat16()
+        tensors[f"{p}.self_attn.o_proj.weight"] = torch.randn(64, 64).bfloat16()
+        tensors[f"{p}.self_attn.o_proj.bias"] = torch.randn(64).bfloat16()
+        tensors[f"{p}.self_attn.sinks"] = torch.randn(4).bfloat16()
+        tensors[f"{p}.mlp.router.bias"] = torch.randn(3).bfloat16()
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{p}.{name}.weight"] = torch.randn(64)
+    tensors["model.norm.weight"] = torch.randn(64)
+    tensors["lm_head.weight"] = torch.randn(96, 64).bfloat16()
+    rope = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    rope["original_max_position_embeddings"] = 64
+    config = {
+        **HEADS, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 96, "num_local_experts": 3,
+        "num_experts_per_tok": 2, "swiglu_limit": 7.0, "sliding_window": 8, "rope_theta": 150000, "rope_scaling": rope,
+    }  # fmt: skip
+    checkpoints.save(tmp_path / "bf16", tensors, model_type="gpt_oss", **config)
+    mq.quantize_checkpoint(tmp_path / "bf16", tmp_path / "published", mk.MXFP4, layout="gpt-oss")
+    return tmp_path / "published", tensors
+
+
+def test_from_published_names_to_openai_names_and_back(published, tmp_path):
+    folder, tensors = published
+    mq.convert_checkpoint(folder, tmp_path / "original", "gpt-oss-original", max_shard_size=30_000)
+    with mq.Checkpoint(tmp_path / "original") as ck, mq.Checkpoint(folder) as before:
+        assert ck.layout is LAYOUTS["gpt-oss-original"]
+        assert all(n.startswith(("block.0.", "block.1.", "embedding.", "norm.", "unembedding.")) for n in ck.infos)
+        get, was = ck.reader.get, before.reader.get
+        for i in range(2):
+            a, b = f"block.{i}", f"model.layers.{i}"
+            for last in ("weight", "bias"):
+                joined = torch.cat([tensors[f"{b}.self_attn.{p}_proj.{last}"] for p in "qkv"])
+                assert torch.equal(get(f"{a}.attn.qkv.{last}"), joined)
+                assert torch.equal(get(f"{a}.attn.out.{last}"), tensors[f"{b}.self_attn.o_proj.{last}"])
+                assert torch.equal(get(f"{a}.mlp.gate.{last}"), tensors[f"{b}.mlp.router.{last}"])
+            assert torch.equal(get(f"{a}.attn.sinks"), tensors[f"{b}.self_attn.sinks"])
+            assert torch.equal(get(f"{a}.attn.norm.scale"), tensors[f"{b}.input_layernorm.weight"])
+            assert torch.equal(get(f"{a}.mlp.norm.scale"), tensors[f"{b}.post_attention_layernorm.weight"])
+            for one, other in (("mlp1", "gate_up_proj"), ("mlp2", "down_proj")):
+                assert torch.equal(get(f"{a}.mlp.{one}_bias"), tensors[f"{b}.mlp.experts.{other}_bias"])
+                for part in ("blocks", "scales"):
+                    assert torch.equal(get(f"{a}.mlp.{one}_weight.{part}"), was(f"{b}.mlp.experts.{other}_{part}"))
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert config.pop("mx_quant")["layout"] == "gpt-oss-original"
+    assert config == {
+        **HEADS, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 96, "num_experts": 3,
+        "experts_per_token": 2, "swiglu_limit": 7.0, "sliding_window": 8, "rope_theta": 150000, "rope_scaling_factor": 32.0,
+        "rope_ntk_beta": 32.0, "rope_ntk_alpha": 1.0, "initial_context_length": 64,
+    }  # fmt: skip
+    assert mq.verify_checkpoint(tmp_path / "original").ok
+    mq.convert_checkpoint(tmp_path / "original", tmp_path / "back", "gpt-oss")
+    want, found = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "back"))
+    assert set(want) == set(found)
+    assert all(torch.equal(want[n], found[n]) and want[n].dtype == found[n].dtype for n in want)
+    old, new = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "back"))
+    assert {k: v for k, v in old.items() if k != "mx_quant"}.items() <= new.items()
+    assert new["max_position_embeddings"] == 2048
+
+
+def test_openai_names_by_way_of_single_experts(published, tmp_path):
+    """OpenAI's names, expert by expert in another layout, and from there under transformers' names."""
+    folder, _ = published
+    mq.convert_checkpoint(folder, tmp_path / "original", "gpt-oss-original")
+    mq.convert_checkpoint(tmp_path / "original", tmp_path / "single", "quark")
+    mq.convert_checkpoint(tmp_path / "single", tmp_path / "back", "gpt-oss")
+    want, found = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "back"))
+    assert set(want) == set(found)
+    assert all(torch.equal(want[n], found[n]) for n in want)
+
+
+def test_transformers_reads_what_was_under_openai_names(published, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    folder, _ = published
+    mq.convert_checkpoint(folder, tmp_path / "original", "gpt-oss-original")
+    mq.convert_checkpoint(tmp_path / "original", tmp_path / "back", "gpt-oss")
+    mq.dequantize_checkpoint(folder, tmp_path / "plain")
+    models = []
+    for place, options in (("back", {"quantization_config": transformers.Mxfp4Config(dequantize=True)}), ("plain", {})):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / place, dtype=torch.bfloat16, output_loading_info=True, **options
+        )
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        models.append(model.state_dict())
+    assert all(torch.equal(t, models[1][n]) for n, t in models[0].items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t, c: t.update({"block.0.extra.weight": torch.zeros(2)}),
+            r"block\.0\.extra\.weight has no counterpart",
+        ),
+        (lambda t, c: c.pop("head_dim"), r"head_dim is None, needs a positive integer"),
+        (lambda t, c: c.update(head_dim=8), r"has 128 rows, but config\.json's heads make 64"),
+    ],
+)
+def test_what_cannot_be_renamed(published, tmp_path, change, message):
+    folder, _ = published
+    mq.convert_checkpoint(folder, tmp_path / "original", "gpt-oss-original")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    tensors, config = (
+        load_file(tmp_path / "original" / "model.safetensors"),
+        json.loads((tmp_path / "original" / "config.json").read_text()),
+    )
+    change(tensors, config)
+    save_file(tensors, bad / "model.safetensors")
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        mq.convert_checkpoint(bad, tmp_path / "out", "gpt-oss")
+    assert not (tmp_path / "out").exists()
+
+
+def test_q_without_k_cannot_be_joined(published, tmp_path):
+    folder, _ = published
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.bias"]
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    save_file(tensors, bad / "model.safetensors")
+    (bad / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"k_proj\.bias is not: OpenAI's names need q, k and v"):
+        mq.convert_checkpoint(bad, tmp_path / "out", "gpt-oss-original")

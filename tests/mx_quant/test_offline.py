@@ -391,7 +391,8 @@ def base_memory():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory as Linux reports it")
-def test_memory_is_bounded(tmp_path):
+@pytest.mark.parametrize(("f", "layout"), [("mxfp4", "compressed-tensors"), ("mxfp8", "mxfp8"), ("nvfp4", "modelopt")])
+def test_memory_is_bounded(tmp_path, f, layout):
     """A checkpoint more than 8 times larger than the limit, with a linear, an embedding and a fused tensor larger than it."""
     base = base_memory()
     limit = base + (160 << 20)
@@ -404,7 +405,7 @@ def test_memory_is_bounded(tmp_path):
         layer += 1
     nbytes = sparse_checkpoint(tmp_path / "src", tensors)
     assert nbytes > 8 * limit
-    args = [str(tmp_path / "src"), str(tmp_path / "out"), "mxfp4", "compressed-tensors", str(limit)]
+    args = [str(tmp_path / "src"), str(tmp_path / "out"), f, layout, str(limit)]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", MEMORY, *args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from mx_quant.layouts import FAMILIES
 from mx_quant.offline import quantize_checkpoint
 from mx_quant.plan import expert_holes
 from mx_quant.shards import ShardReader
+from mx_quant.verify import verify_checkpoint
 
 
 def test_experts_are_never_left_out_silently(checkpoints, tmp_path):
@@ -210,7 +211,7 @@ def test_an_expert_that_lacks_a_matrix(checkpoints, tmp_path, layout):
     tensors = checkpoints.moe_tensors()
     del tensors[UP]
     src = checkpoints.save(tmp_path / "src", tensors)
-    want = rf"1 expert weights are missing \({UP}\): .* has 11 of the 12 .* 4 experts need .*download".replace(
+    want = rf"1 expert weights are missing \({UP}\): each of the 4 experts of .* needs .*; download".replace(
         ".m", r"\.m"
     )
     for dry_run in (True, False):
@@ -227,7 +228,7 @@ def test_expert_holes(checkpoints):
     p = "model.layers.1.mlp.experts"
 
     def holes(kept, family=family):
-        return [(h.experts, h.missing, h.names) for h in expert_holes(kept, family)]
+        return [(h.names[0].split(".experts.")[0] + ".experts", h.missing, h.names) for h in expert_holes(kept, family)]
 
     assert holes(names) == []
     assert holes([n for n in names if not n.startswith(f"{p}.1.")]) == [
@@ -241,6 +242,63 @@ def test_expert_holes(checkpoints):
     mixtral = [f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight" for e in range(3) for w in ("w1", "w2", "w3")]
     assert holes(mixtral, FAMILIES["mixtral"]) == []
     assert holes(mixtral[:-1], FAMILIES["mixtral"])[0][1:] == (1, (mixtral[-1],))
-    ((_, missing, named),) = holes([*names, f"{p}.{10**15}.up_proj.weight"])
+    (_, (_, missing, named)) = holes([*names, f"{p}.{10**15}.up_proj.weight"])
     assert missing == 3 * (10**15 + 1) - 13
     assert named[0] == f"{p}.4.gate_proj.weight"
+
+
+COUNTS = [
+    {"num_experts": 4},
+    {"num_local_experts": 4},
+    {"n_routed_experts": 4},
+    {"text_config": {"num_experts": 4}, "num_experts": 9},
+    {},  # the other layer has four
+]
+
+
+@pytest.mark.parametrize("config", COUNTS, ids=str)
+def test_last_experts_of_a_layer_are_missing(checkpoints, tmp_path, config, capsys):
+    """Nothing but the configuration or another layer tells: the numbers of those that are there run without a hole."""
+    gone = [f"model.layers.1.mlp.experts.{e}" for e in (2, 3)]
+    tensors = {n: t for n, t in checkpoints.moe_tensors().items() if not n.startswith(tuple(f"{g}." for g in gone))}
+    src = checkpoints.save(tmp_path / "src", tensors, **config)
+    with pytest.raises(ValueError, match=r"6 expert weights are missing \(model\.layers\.1\.mlp\.experts\.2\.") as e:
+        quantize_checkpoint(src, tmp_path / "out", "mxfp8", layout="mxfp8")
+    assert ("config.json" if config else "model.layers.0.mlp.experts has 4") in str(e.value)
+    with pytest.raises(ValueError, match="3 expert weights are missing"):
+        quantize_checkpoint(
+            src, tmp_path / "out", "mxfp8", layout="mxfp8", allow_unquantized_experts=("*.1.mlp.experts.2.*",)
+        )
+    assert not (tmp_path / "out").exists()
+    allowed = ("*.1.mlp.experts.[23].*",)
+    quantize_checkpoint(src, tmp_path / "out", "mxfp8", layout="mxfp8", allow_unquantized_experts=allowed)
+    found = verify_checkpoint(tmp_path / "out")
+    assert {f.tensor.split(".experts.")[1] for f in found.findings if f.kind == "missing"} >= {"2.gate_proj.weight"}
+    assert "each of the 4 experts" in found.findings[0].detail
+    assert verify_checkpoint(tmp_path / "out", allow_unquantized_experts=allowed).ok
+    assert cli.main(["verify", str(tmp_path / "out"), "--quiet", "--json"]) == 1
+    assert "experts.2.gate_proj.weight" in capsys.readouterr().out
+
+
+def test_fused_experts_that_hold_too_few(checkpoints, tmp_path):
+    tensors = checkpoints.gpt_oss_tensors(layers=2)
+    for name in [n for n in tensors if ".layers.1.mlp.experts." in n]:
+        tensors[name] = tensors[name][:2].clone()
+    src = checkpoints.save(tmp_path / "src", tensors, model_type="gpt_oss", num_local_experts=3)
+    with pytest.raises(
+        ValueError, match=r"layers\.1.*gate_up_proj.*it holds 2 experts of 3 \(config\.json: num_local_experts"
+    ):
+        quantize_checkpoint(src, tmp_path / "out", "mxfp4", layout="gpt-oss")
+    allowed = ("*.1.mlp.experts.*",)
+    quantize_checkpoint(src, tmp_path / "out", "mxfp4", layout="gpt-oss", allow_unquantized_experts=allowed)
+    found = verify_checkpoint(tmp_path / "out")
+    assert sorted(f.tensor.rpartition(".")[2] for f in found.findings) == ["down_proj", "gate_up_proj"]
+    assert verify_checkpoint(tmp_path / "out", allow_unquantized_experts=allowed).ok
+
+
+def test_a_router_without_experts(checkpoints, tmp_path):
+    tensors = {n: t for n, t in checkpoints.moe_tensors().items() if not n.startswith("model.layers.1.mlp.experts.")}
+    src = checkpoints.save(tmp_path / "src", tensors)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp has a router and no experts"):
+        quantize_checkpoint(src, tmp_path / "out", "mxfp8", layout="mxfp8")
+    assert not (tmp_path / "out").exists()

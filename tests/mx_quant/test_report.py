@@ -88,6 +88,19 @@ def test_worst_and_forms():
     assert d["tensors"][1] == d["tensors"][1] | {"format": "mxfp4", "rule": "even", "shape": [8, 64]}
 
 
+def test_layers():
+    """The SNR of a layer is that of all its weights' errors together; what has no layer is in none."""
+    names = ["model.layers.0.a.weight", "model.layers.0.b.weight", "model.layers.3.a.weight", "lm_head.weight"]
+    source = {n: torch.randn(8, 64) * 2.0**i for i, n in enumerate(names)}
+    quantized = {n: mk.quantize(x, mk.MXFP4) for n, x in source.items()}
+    found = mq.error_report(source, quantized)
+    e = {n: (mk.dequantize(quantized[n], torch.float32) - x).double().square().sum() for n, x in source.items()}
+    x = {n: t.double().square().sum() for n, t in source.items()}
+    both = 10 * torch.log10((x[names[0]] + x[names[1]]) / (e[names[0]] + e[names[1]]))
+    assert found.layers() == pytest.approx({0: float(both), 3: found.rows[2].error.snr_db}, rel=1e-6)
+    assert found.to_dict()["layers"] == {str(n): v for n, v in found.layers().items()}
+
+
 def test_pairs_are_streamed():
     alive = []
 

@@ -343,6 +343,24 @@ def test_folder_contents(tmp_path):
         ShardReader(tmp_path)
 
 
+def test_a_complete_set_needs_no_index(tmp_path):
+    """As OpenAI published gpt-oss-120b: the names say that nothing is missing."""
+    files = [f"model--0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for i, file in enumerate(files):
+        save_file({f"t{i}": torch.full((2,), i)}, tmp_path / file)
+    with ShardReader(tmp_path) as r:
+        assert r.names == ("t0", "t1", "t2")
+    (tmp_path / files[1]).rename(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"3 \.safetensors files and no"):
+        ShardReader(tmp_path)
+    (tmp_path / "other.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"2 \.safetensors files and no"):
+        ShardReader(tmp_path)
+    save_file({"t0": torch.zeros(1)}, tmp_path / files[1])
+    with pytest.raises(ValueError, match="is both in"):
+        ShardReader(tmp_path)
+
+
 def test_index_and_shards_agree(tmp_path):
     save_file({"t": torch.zeros(1)}, tmp_path / "a.safetensors")
     save_file({"u": torch.zeros(1)}, tmp_path / "b.safetensors")

@@ -45,6 +45,7 @@ def test_sound(checkpoints, tmp_path, f):
     assert v.hashed == v.tensors
     assert len(v.report.rows) == 16
     assert min(r.error.snr_db for r in v.report.rows) > 14
+    assert f"layers  0: {v.report.layers()[0]:.2f}" in str(v)
     assert json.loads(json.dumps(v.to_dict()))["ok"] is True
     assert str(v).endswith("ok")
 

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="expert weights that may stay in full precision; others that would are an error",
+        help="expert weights that may stay in full precision or be missing; others are an error",
     )
     c.add_argument("--rule", help="scale rule: rceil, even, floor, ceil, search; nvfp4: amax, four_over_six, search")
     c.add_argument("--search", action="store_true", help="the same as --rule search: slower, smallest squared error")
@@ -174,7 +174,7 @@ def _report(a: argparse.Namespace, progress: Any) -> tuple[Any, bool]:
 
     if a.plot is not None and not Path(a.plot).absolute().parent.is_dir():
         raise ValueError(f"the folder of {a.plot} does not exist: make it first")
-    found = report_checkpoint(a.out, a.src)
+    found = report_checkpoint(a.out, a.src, progress=progress)
     if a.plot is not None:
         found.plot(a.plot)
     return (found if a.json else found.to_markdown(a.worst).rstrip()), True

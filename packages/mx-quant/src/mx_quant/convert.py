@@ -25,6 +25,7 @@ from .engine import Progress, run_tasks
 from .layouts import (
     FAMILIES,
     FUSED,
+    LAYOUTS,
     PER_EXPERT,
     Family,
     Layout,
@@ -42,6 +43,7 @@ from .layouts import (
     regroup,
     write_plain,
 )
+from .layouts.gpt_oss_names import Rows, is_original, rename, rename_config, renamed
 from .output import arrange, parse_bytes, plan_output, produce, stored_names, workers_of
 from .plan import MATRICES, expert_module, grouping_of, read_configs, read_infos, write_biases
 from .shards import ShardReader
@@ -140,6 +142,7 @@ def convert_checkpoint(
 ) -> Conversion:
     """Store the quantized checkpoint ``src`` in another layout, bit for bit: codes, scales and global scales are kept.
 
+    Between "gpt-oss" and "gpt-oss-original" every tensor is renamed, and q, k and v are cut or joined; other layouts keep names.
     ValueError where the layout does not hold a weight's format or kind: nothing is requantized on the way.
     """
     start = time.perf_counter()
@@ -163,11 +166,21 @@ def convert_checkpoint(
                     f"{' and '.join(to.kinds)} weights: choose another layout, or dequantize the checkpoint first"
                 )
         moved, tensors = _biases(ck, grouping)
+        base = {n: _without_quantization(c) for n, c in ck.configs.items() if n == "config.json"}
+        rows: dict[str, tuple[Rows, ...]] = {}
+        original = to is LAYOUTS["gpt-oss-original"]
+        if (original or to is LAYOUTS["gpt-oss"]) and is_original(ck.infos) != original:
+            targets, moved = (_renamed(found, original) for found in (targets, moved))
+            used = {n for t in (*targets, *moved) for n in stored_names(t, tensors)}
+            config = base.get("config.json", {})
+            rows = rename(config, {n: i for n, i in ck.infos.items() if n not in used}, original=original)
+            base["config.json"] = rename_config(config, original=original)
         made = [(stored_names(t, tensors), to.plan(t.ref)) for t in targets]
         made += [(stored_names(t, tensors), plan_plain(t.ref, ck.infos[t.sources[0]].dtype)) for t in moved]
+        made += [([r.name for r in parts], {name: _joined_info(ck, parts)}) for name, parts in rows.items()]
         specs, copies = arrange(ck.reader, made)
+        moves = [*_whole(ck, copies), *(m for name, parts in rows.items() for m in _moves(ck, name, parts))]
         named = [replace(t.ref, tensors=tuple(to.plan(t.ref))) for t in targets]
-        base = {n: _without_quantization(c) for n, c in ck.configs.items() if n == "config.json"}
         infos = {s.name: TensorInfo(s.dtype, s.shape) for s in specs}
         activations = bool(to.activations) and any(r.activation is not None for r in refs)
         configs = {**base, **to.config(base, named, infos, activations=activations)}
@@ -176,7 +189,7 @@ def convert_checkpoint(
 
         def write(writer: ShardWriter) -> None:
             write_biases(ck.reader, writer, moved, ck.plain)
-            _run(ck, writer, targets, copies, lambda t, e: _move(ck, source, to, writer, t, e), jobs, progress)
+            _run(ck, writer, targets, moves, lambda t, e: _move(ck, source, to, writer, t, e), jobs, progress)
 
         resumed = produce(ck.reader, Path(out), output, write, resume=resume, overwrite=overwrite)
         return Conversion(
@@ -193,43 +206,87 @@ def _biases(ck: Checkpoint, grouping: str | None) -> tuple[list[Target], dict[st
     return moved, {r.name: r.tensors for r in (*ck.weights.values(), *biases)}
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    """``nbytes`` bytes of the stored tensor ``source`` from ``start`` on, which become those of ``name`` from ``offset`` on."""
+
+    source: str
+    start: int
+    nbytes: int
+    name: str
+    offset: int
+
+
+def _whole(ck: Checkpoint, names: Sequence[str]) -> list[_Bytes]:
+    return [_Bytes(n, 0, ck.reader.tensors[n].nbytes, n, 0) for n in names]
+
+
+def _moves(ck: Checkpoint, name: str, parts: Sequence[Rows]) -> list[_Bytes]:
+    found, at = [], 0
+    for r in parts:
+        each = ck.reader.tensors[r.name].row_nbytes
+        found.append(_Bytes(r.name, r.start * each, (r.stop - r.start) * each, name, at))
+        at += found[-1].nbytes
+    return found
+
+
+def _joined_info(ck: Checkpoint, parts: Sequence[Rows]) -> TensorInfo:
+    """Dtype and shape of rows put together; ValueError where they differ in either."""
+    infos = [ck.infos[r.name] for r in parts]
+    if len({(i.dtype, tuple(i.shape[1:])) for i in infos}) > 1:
+        raise ValueError(f"{', '.join(r.name for r in parts)} differ in dtype or columns: they cannot be joined")
+    rows = (sum(r.stop - r.start for r in parts),) if infos[0].shape else ()
+    return TensorInfo(infos[0].dtype, (*rows, *infos[0].shape[1:]))
+
+
+def _renamed(targets: Sequence[Target], original: bool) -> list[Target]:
+    """Experts and their biases under gpt-oss's other names."""
+    found = []
+    for t in targets:
+        name = renamed(t.ref.name, original=original)
+        if name is None:
+            raise ValueError(f"{t.ref.name} is not named as gpt-oss names experts: choose another layout")
+        found.append(replace(t, ref=replace(t.ref, name=name)))
+    return found
+
+
 def _run(
     ck: Checkpoint,
     writer: ShardWriter,
     targets: Sequence[Target],
-    copies: Sequence[str],
+    copies: Sequence[_Bytes],
     work: Callable[[Target, int | None], None],
     jobs: int | None,
     progress: Progress | None,
 ) -> None:
-    """Do every matrix of the targets with ``work``, and copy the tensors that are only named."""
-    tasks: list[tuple[Target, int | None] | str] = [*copies]
+    """Do every matrix of the targets with ``work``, and copy the bytes that are only copied."""
+    tasks: list[tuple[Target, int | None] | _Bytes] = [*copies]
     for t in targets:
         tasks += [(t, e) for e in (range(t.ref.experts) if t.ref.experts is not None else (None,))]
 
-    def nbytes(task: tuple[Target, int | None] | str) -> int:
-        if isinstance(task, str):
-            return ck.reader.tensors[task].nbytes
+    def nbytes(task: tuple[Target, int | None] | _Bytes) -> int:
+        if isinstance(task, _Bytes):
+            return task.nbytes
         target, expert = task
         return math.prod(target.ref.shape if expert is None else target.ref.shape[1:])
 
-    def do(task: tuple[Target, int | None] | str, buffer: Tensor) -> None:
-        if not isinstance(task, str):
+    def do(task: tuple[Target, int | None] | _Bytes, buffer: Tensor) -> None:
+        if not isinstance(task, _Bytes):
             work(*task)
-        elif writer.needs(task):
-            copy_tensor(ck.reader, writer, task, buffer)
+        elif writer.needs(task.name):
+            _copy(ck.reader, writer, task, buffer)
 
     workers = workers_of(jobs)
     run_tasks(tasks, [nbytes(t) for t in tasks], do, workers, buffer_nbytes=8 << 20, progress=progress)
 
 
-def copy_tensor(reader: ShardReader, writer: ShardWriter, name: str, buffer: Tensor) -> None:
-    """Copy a tensor's bytes through ``buffer`` (uint8)."""
-    info = reader.info(name)
-    for at in range(0, info.nbytes, buffer.numel()):
-        part = buffer[: min(buffer.numel(), info.nbytes - at)]
-        reader.read_bytes(info, at, part)
-        writer.write(name, part, at)
+def _copy(reader: ShardReader, writer: ShardWriter, task: _Bytes, buffer: Tensor) -> None:
+    """Copy bytes through ``buffer`` (uint8)."""
+    info = reader.info(task.source)
+    for at in range(0, task.nbytes, buffer.numel()):
+        part = buffer[: min(buffer.numel(), task.nbytes - at)]
+        reader.read_bytes(info, task.start + at, part)
+        writer.write(task.name, part, task.offset + at)
 
 
 def _move(ck: Checkpoint, source: Layout, to: Layout, writer: ShardWriter, target: Target, expert: int | None) -> None:
@@ -319,7 +376,7 @@ def dequantize_checkpoint(
 
         def write(writer: ShardWriter) -> None:
             write_biases(ck.reader, writer, moved, ck.plain)
-            _run(ck, writer, targets, copies, lambda t, e: expand(writer, t, e), jobs, progress)
+            _run(ck, writer, targets, _whole(ck, copies), lambda t, e: expand(writer, t, e), jobs, progress)
 
         resumed = produce(ck.reader, Path(out), output, write, resume=resume, overwrite=overwrite)
         return Conversion(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from mx_kernels import Format, QuantizedTensor, ScaleRule
 from .layouts import Layout, WeightRef, assemble_plain, exact_global, read_plain
 from .plan import Bundle, Copy, Key, Unit
 from .shards import ShardReader, TensorInfo
-from .writer import ShardWriter
+from .writer import Part, ShardWriter
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -39,19 +40,20 @@ def run_tasks(
     jobs: int,
     *,
     buffer_nbytes: int = 0,
+    pinned: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Call ``work(task, buffer)`` for every task, in order, on ``jobs`` threads; the first exception stops all and is raised.
 
-    nbytes: what each task adds to ``progress``. Each thread has one buffer, uint8 [buffer_nbytes]. PyTorch's own threads stay
-    out where there are several of ours.
+    nbytes: what each task adds to ``progress``. Each thread has one buffer, uint8 [buffer_nbytes], ``pinned`` where an
+    accelerator copies from it. PyTorch's own threads stay out where there are several of ours.
     """
     total, done, at = sum(nbytes), 0, 0
     lock, errors = threading.Lock(), list[BaseException]()
 
     def loop() -> None:
         nonlocal at, done
-        buffer = torch.empty(buffer_nbytes, dtype=torch.uint8)
+        buffer = torch.empty(buffer_nbytes, dtype=torch.uint8, pin_memory=pinned)
         while True:
             with lock:
                 if errors or at == len(tasks):
@@ -138,8 +140,9 @@ def global_scale(amax: Tensor) -> Tensor:
 class Quantizer:
     """``work`` of ``run_tasks``: quantizes the units of a bundle and copies what is only copied.
 
-    A unit's rows are quantized together with its neighbours' where they follow each other in the file and share dtype and K.
-    Raises ValueError for a weight that is not finite.
+    A unit is quantized together with its neighbours where they follow each other in the file and share a dtype: blocks do not
+    care about rows. Results are written by the writer's own thread while the next bundle is quantized; of each thread of ours
+    at most two bundles' results are in memory. Raises ValueError for a weight that is not finite.
     """
 
     def __init__(
@@ -161,24 +164,33 @@ class Quantizer:
                 if isinstance(item, Unit):
                     self._members.setdefault(item.group, {}).update(dict.fromkeys(item.keys))
         self._globals: dict[tuple[str, int | None], Tensor] = {}
-        self._lock = threading.Lock()
+        self._lock, self._launch = threading.Lock(), threading.Lock()
         self._outputs: dict[str, tuple[str, ...]] = {}
+        self._local = threading.local()
 
     def __call__(self, bundle: Bundle, buffer: Tensor) -> None:
         """Do one bundle with the thread's own ``buffer``."""
         items = [item for item in bundle.items if self._needed(item)]
         views = self._load(items, buffer)
+        copies = [Part(c.name, views[_where(c)[0]], c.start) for c in items if isinstance(c, Copy)]
+        copied = self._writer.submit(copies) if copies else None
+        made: list[Part] = []
         run: list[Unit] = []
         for item in items:
             if isinstance(item, Copy):
-                self._writer.write(item.name, views[_where(item)[0]], item.start)
                 continue
             if run and not self._follows(run[-1], item, views):
-                self._quantize(run, views)
+                made += self._quantize(run, views)
                 run = []
             run.append(item)
         if run:
-            self._quantize(run, views)
+            made += self._quantize(run, views)
+        before: Future[None] | None = getattr(self._local, "written", None)
+        if before is not None:
+            before.result()
+        self._local.written = self._writer.submit(made)
+        if copied is not None:
+            copied.result()  # before the buffer is used again
 
     def _needed(self, item: Unit | Copy) -> bool:
         if isinstance(item, Copy):
@@ -218,12 +230,13 @@ class Quantizer:
         return views
 
     def _follows(self, a: Unit, b: Unit, views: Mapping[tuple[str, int], Tensor]) -> bool:
-        """Whether ``b``'s rows lie right behind ``a``'s and can be quantized with them."""
+        """Whether ``b`` lies right behind ``a`` and can be quantized with it."""
         if not (a.plain and b.plain):
             return False
         x, y = self._view(a, views), self._view(b, views)
-        same = x.dtype == y.dtype and x.shape[1] == y.shape[1] and x.data_ptr() + x.nbytes == y.data_ptr()
-        return same and (not self._format.has_global_scale or (x.shape == y.shape and not a.part and not b.part))
+        if x.dtype != y.dtype or x.data_ptr() + x.nbytes != y.data_ptr():
+            return False
+        return not self._format.has_global_scale or (x.numel() == y.numel() and not a.part and not b.part)
 
     def _view(self, unit: Unit, views: Mapping[tuple[str, int], Tensor]) -> Tensor:
         """A plain unit's rows [n, K] in the buffer."""
@@ -276,37 +289,51 @@ class Quantizer:
             found.append(largest_magnitude(part.view(info.torch_dtype)))
         return torch.stack(found).amax()
 
-    def _quantize(self, run: Sequence[Unit], views: Mapping[tuple[str, int], Tensor]) -> None:
-        if len(run) == 1:
-            x = self._view(run[0], views) if run[0].plain else self._matrix(run[0], views)
-        else:
+    def _quantize(self, run: Sequence[Unit], views: Mapping[tuple[str, int], Tensor]) -> list[Part]:
+        if len(run) > 1:
             x = _joined(self._view(run[0], views), self._view(run[-1], views))
-        g = None
-        if self._format.has_global_scale:
+        else:
+            x = self._view(run[0], views) if run[0].plain else self._matrix(run[0], views)
+        f = self._format
+        x, g = x.view(-1, f.block), None
+        if f.has_global_scale:
             g = torch.stack([self._global(unit, views) for unit in run])
             x = x.unflatten(0, (len(run), -1))
-        if self._device.type != "cpu":
+        if self._device.type == "cpu":
+            q = mk.quantize(x, f, rule=self._rule, global_scale=g)
+        else:
+            # Both copies wait: the first for the buffer, which this thread fills again, the second for the result.
             x, g = x.to(self._device), None if g is None else g.to(self._device)
-        q = mk.quantize(x, self._format, rule=self._rule, global_scale=g).to("cpu")
+            with self._launch:  # Triton compiles at a first launch, which is no work for two threads at once
+                q = mk.quantize(x, f, rule=self._rule, global_scale=g)
+            q = q.to("cpu")
         # mx_kernels marks blocks with a NaN or an infinity by scale bytes 0xFF and 0xFE, which no finite block reaches.
-        if self._format.scale == "e8m0" and int(q.scale.max()) >= 0xFE:
+        if f.scale == "e8m0" and int(q.scale.max()) >= 0xFE:
             for unit in run:
                 for name, _ in unit.keys:
                     refuse_nonfinite(self._reader, name)
-        at = 0
+        data, scale = q.data.view(-1, q.data.shape[-1]), q.scale.view(-1, 1)
+        made, at = [], 0
         for i, unit in enumerate(run):
-            n = unit.rows[1] - unit.rows[0]
-            if g is not None:
-                self._emit(unit, q[i])
-            else:
-                self._emit(unit, replace(q, data=q.data[at : at + n], scale=q.scale[at : at + n]))
-            at += n
+            n, k = unit.rows[1] - unit.rows[0], unit.target.ref.shape[-1]
+            end = at + n * k // f.block
+            one = replace(
+                q,
+                data=data[at:end].view(n, -1),
+                scale=scale[at:end].view(n, -1),
+                global_scale=None if g is None else q.global_scale[i],  # type: ignore[index]
+            )
+            made += self._parts(unit, one)
+            at = end
+        return made
 
-    def _emit(self, unit: Unit, q: QuantizedTensor) -> None:
+    def _parts(self, unit: Unit, q: QuantizedTensor) -> list[Part]:
+        """The stored tensors of a unit, and where in their own they begin."""
         ref = unit.target.ref
         first, stop = unit.rows
         if unit.part:
             ref = replace(ref, shape=(stop - first, ref.shape[-1]))
+        found = []
         for name, t in self._layout.write(ref, q, expert=unit.expert).items():
             if unit.expert is not None:
                 offset = unit.expert * t.nbytes
@@ -319,7 +346,8 @@ class Quantizer:
             else:
                 continue
             if self._writer.needs(name):
-                self._writer.write(name, t.contiguous(), offset)
+                found.append(Part(name, t.contiguous(), offset))
+        return found
 
 
 def _where(item: Copy) -> tuple[tuple[str, int], int]:
@@ -343,6 +371,6 @@ def _ranges(reader: ShardReader, item: Unit | Copy) -> list[tuple[tuple[str, int
 
 
 def _joined(first: Tensor, last: Tensor) -> Tensor:
-    """The rows from ``first`` to ``last``, two views [n, K] of one buffer with nothing but rows between them."""
-    n = (last.data_ptr() - first.data_ptr()) // (first.itemsize * first.shape[1]) + last.shape[0]
-    return first.as_strided((n, first.shape[1]), (first.shape[1], 1))
+    """The values from ``first`` to ``last`` as one vector: two views of one buffer with nothing but values between them."""
+    n = (last.data_ptr() - first.data_ptr()) // first.itemsize + last.numel()
+    return first.as_strided((n,), (1,))

@@ -150,11 +150,12 @@ def quantize_checkpoint(
     layout: a row of LAYOUTS or its name (None: "mxfp8" for MXFP8, else the first that holds the format).
     include, exclude: shell patterns on weight names; by default linears of attention and MLPs and all experts are quantized,
         and embeddings, lm_head, norms and routers are not.
-    allow_unquantized_experts: patterns of expert weights that may stay in full precision; others that would are an error.
+    allow_unquantized_experts: patterns of expert weights that may stay in full precision or be missing; others are an error.
     rule: scale rule, None for the format's default; search=True is rule="search". activations: the config asks readers to
         quantize activations too (MX formats, whose activation scales are dynamic).
     dry_run: only plan. resume: continue what an interrupted run left. overwrite: replace ``out``.
     max_memory: of the whole process, at its peak. max_shard_size: of an output file. jobs: worker threads, None for one per CPU.
+    device: where weights are quantized; the bytes of the output are the same from any.
 
     NVFP4: q, k and v, and gate and up, share one global scale, the smallest at least amax / 2688 whose reciprocal has an
     exact reciprocal, so that layouts that store divisors lose nothing.
@@ -182,8 +183,7 @@ def quantize_checkpoint(
         summary = replace(job.summary, src=str(src_path), out=str(out_path), dry_run=dry_run)
         if dry_run:
             return summary
-        place = _device(device)
-        mk.quantize(torch.zeros(1, f.block), f)  # what PyTorch imports at the first call belongs to the process
+        place = _device(device, f)
         limit, workers = _fit(parse_bytes(max_memory), jobs, job)
 
         def write(writer: ShardWriter) -> None:
@@ -192,21 +192,25 @@ def quantize_checkpoint(
             run = Quantizer(reader, writer, lay, f, rule, job.sources, work, place)
             tasks = pack(work, limit)
             sizes = [t.nbytes for t in tasks]
-            run_tasks(tasks, sizes, run, workers, buffer_nbytes=buffer_nbytes(tasks), progress=progress)
+            pinned = place.type in ("cuda", "xpu")
+            run_tasks(tasks, sizes, run, workers, buffer_nbytes=buffer_nbytes(tasks), pinned=pinned, progress=progress)
 
         resumed = produce(reader, out_path, job.output, write, resume=resume, overwrite=overwrite)
     return replace(summary, resumed=resumed, seconds=time.perf_counter() - start)
 
 
-def _device(device: str | torch.device) -> torch.device:
-    """The device, after it has held a tensor: a run that finds out later would leave a partial output."""
+def _device(device: str | torch.device, format: Format) -> torch.device:
+    """The device, after it has quantized a block: a run that finds out later would leave a partial output.
+
+    What PyTorch and Triton import at the first call belongs to the process, whose memory is looked at after this.
+    """
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as e:
-        text = str(e).splitlines()[0]
+        x = torch.zeros(1, format.block, device=torch.device(device))
+        mk.quantize(x, format).to("cpu")
+    except (RuntimeError, AssertionError, TypeError) as e:
+        text = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"the device {str(device)!r} cannot be used ({text}): choose cpu or another one") from e
-    return found
+    return x.device  # with its index: "cuda" is the current device, which is another one in another thread
 
 
 def _layout_for(format: Format, layout: Layout | str | None) -> Layout:
@@ -258,8 +262,8 @@ def _plan(
         )
     config = configs.get("config.json", {})
     family = family_of(config, infos)
-    check_experts(infos, family)
     refs = plain_refs(config, infos)
+    check_experts(refs, infos, family, config, allow)
     selection = select(refs, infos, layout, format, include=include, exclude=exclude, allow_unquantized_experts=allow)
     chosen = {r.name: replace(r, format=format, rule=rule) for r in selection.chosen}
     biases = [r for r in refs if r.kind not in MATRICES and expert_module(r.name) in {expert_module(n) for n in chosen}]

@@ -43,6 +43,8 @@ CONFIG_FILES = ("config.json", "hf_quant_config.json")
 MATRICES = ("linear", "expert", "fused_expert")
 _DEFAULT_KINDS = ("expert", "fused_expert", "shared_expert", "mlp", "attention")
 _NAMED = 5  # missing weights that an error names
+_LISTED = 1 << 20  # missing weights that are compared with patterns
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Key = tuple[str, int | None]
@@ -95,55 +97,101 @@ class Selection:
 
 @dataclass(frozen=True)
 class Holes:
-    """Matrices that single experts lack, of one layer: the first names of them, how many, and the experts there must be."""
+    """What the experts of one layer lack: the first names, how many, the experts there must be, and a sentence on why."""
 
-    experts: str
     names: tuple[str, ...]
     missing: int
     count: int
-    projections: tuple[str, ...]
+    detail: str
 
 
-def expert_holes(names: Iterable[str], family: Family) -> list[Holes]:
-    """What is missing among weights of single experts: each has every matrix that any of its layer has, a down_proj, and an
-    up_proj beside a gate_proj; their numbers run from 0 without holes.
+def expert_holes(
+    names: Iterable[str],
+    family: Family,
+    config: Mapping[str, Any] | None = None,
+    *,
+    fused: Mapping[str, int] | None = None,
+    allow: Sequence[str] = (),
+) -> list[Holes]:
+    """What is missing among expert weights, but for what ``allow`` names.
+
+    Each expert has every matrix that any of its layer has, a down_proj, and an up_proj beside a gate_proj. Their numbers run from
+    0 up to what config.json says, or else up to the largest of any layer (a fused tensor cannot lose its end: config.json alone
+    tells what it must hold); and where there is a router, there are experts.
+    names: of all tensors. fused: the experts that each fused tensor holds.
     """
     found: dict[str, dict[str, dict[int, str]]] = {}
+    routed = []
     for name in names:
         role = classify(name)
         if role.kind == "expert" and role.expert is not None:
             found.setdefault(role.experts, {}).setdefault(role.part, {})[role.expert] = name.split(".")[-2]
+        elif role.kind == "router" and name.endswith((".gate.weight", ".router.weight")):
+            routed.append(name.rsplit(".", 2)[0])
+    counts = {experts: 1 + max(max(present) for present in parts.values()) for experts, parts in found.items()}
+    stated, field = _experts_said(config or {})
+    said, why = stated, field
+    if stated is None and counts:
+        largest = max(counts, key=counts.__getitem__)
+        said, why = counts[largest], f"{largest} has {counts[largest]}"
     holes = []
     for experts, parts in found.items():
-        count = 1 + max(e for present in parts.values() for e in present)
+        count = max(counts[experts], said or 0)
         wanted = {part: next(iter(present.values())) for part, present in parts.items()}
         wanted.setdefault("down", family.down)
         if "gate" in wanted:
             wanted.setdefault("up", family.up)
         missing = count * len(wanted) - sum(map(len, parts.values()))
+        if not missing:
+            continue
+        # A corrupt name may claim an expert of any number: the names are not listed beyond the first.
+        lacking: Iterable[str] = (
+            f"{experts}.{e}.{projection}.weight"
+            for e in range(count)
+            for part, projection in wanted.items()
+            if e not in parts.get(part, ())
+        )
+        if allow and missing <= _LISTED:
+            lacking = [n for n in lacking if matches(n, allow) is None]
+            missing = len(lacking)
         if missing:
-            # A corrupt name may claim an expert of any number: the names are not listed beyond the first.
-            lacking = (
-                f"{experts}.{e}.{projection}.weight"
-                for e in range(count)
-                for part, projection in wanted.items()
-                if e not in parts.get(part, ())
-            )
-            holes.append(Holes(experts, tuple(islice(lacking, _NAMED)), missing, count, tuple(wanted.values())))
+            need = f"each of the {count} experts of {experts} needs {', '.join(wanted.values())}"
+            need += f" ({why})" if count > counts[experts] else ""
+            holes.append(Holes(tuple(islice(lacking, _NAMED)), missing, count, need))
+    layers = {*found, *(classify(n).experts for n in fused or {})}
+    for module in routed:
+        if not layers & {module, f"{module}.experts"} and matches(f"{module}.experts", allow) is None:
+            holes.append(Holes((f"{module}.experts",), 1, 1, f"{module} has a router and no experts"))
+    for name, n in (fused or {}).items():
+        if stated is not None and n < stated and matches(name, allow) is None:
+            holes.append(Holes((name,), stated - n, stated, f"it holds {n} experts of {stated} ({field})"))
     return holes
 
 
-def check_experts(names: Iterable[str], family: Family) -> None:
-    """Raise ValueError naming the weights that single experts lack, if there are any."""
-    holes = expert_holes(names, family)
+def _experts_said(config: Mapping[str, Any]) -> tuple[int | None, str]:
+    """The number of experts of a layer that config.json states, and where; (None, "") without one."""
+    text = config.get("text_config")
+    for part in (text if isinstance(text, Mapping) else {}, config):
+        for field in _EXPERT_COUNTS:
+            n = part.get(field)
+            if isinstance(n, int) and not isinstance(n, bool) and n > 0:
+                return n, f"config.json: {field} is {n}"
+    return None, ""
+
+
+def check_experts(
+    refs: Iterable[WeightRef], names: Iterable[str], family: Family, config: Mapping[str, Any], allow: Sequence[str]
+) -> None:
+    """Raise ValueError naming the weights that experts lack, if there are any that ``allow`` does not name."""
+    fused = {r.name: r.shape[0] for r in refs if r.kind == "fused_expert"}
+    holes = expert_holes(names, family, config, fused=fused, allow=allow)
     if not holes:
         return
-    first, total = holes[0], sum(h.missing for h in holes)
+    total = sum(h.missing for h in holes)
     listed = ", ".join([n for h in holes for n in h.names][:_NAMED])
     raise ValueError(
-        f"{total} expert weights are missing ({listed}{', ...' if total > _NAMED else ''}): {first.experts} has "
-        f"{first.count * len(first.projections) - first.missing} of the {first.count * len(first.projections)} that its "
-        f"{first.count} experts need ({', '.join(first.projections)} each); download the checkpoint again, or repair it"
+        f"{total} expert weights are missing ({listed}{', ...' if total > _NAMED else ''}): {holes[0].detail}; download the "
+        f"checkpoint again, or repair it, or allow them by name (allow_unquantized_experts) if they are not meant to be there"
     )
 
 

@@ -42,7 +42,10 @@ class Error:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of a report. ``experts`` holds the SNR in dB of each expert of a fused tensor [E, N, K], else nothing."""
+    """One tensor of a report. ``experts`` holds the SNR in dB of each expert of a fused tensor [E, N, K], else nothing.
+
+    energy: sum x^2 and sum e^2, of which the errors of several tensors together are made.
+    """
 
     name: str
     format: str
@@ -52,6 +55,7 @@ class Row:
     source_nbytes: int
     error: Error
     experts: tuple[float, ...] = ()
+    energy: tuple[float, float] = (0.0, 0.0)
 
     @property
     def bits(self) -> float:
@@ -61,7 +65,7 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; numbers that are not finite are null (an SNR of null with ``exact`` true: nothing was lost)."""
         found = asdict(self) | asdict(self.error) | {"bits": self.bits, "exact": self.error.max_abs == 0}
-        del found["error"]
+        del found["error"], found["energy"]
         found["shape"] = list(self.shape)
         found["experts"] = [_finite(s) for s in self.experts]
         return {k: _finite(v) if isinstance(v, float) else v for k, v in found.items()}
@@ -88,12 +92,22 @@ class Report:
         """The ``n`` rows of lowest SNR, the lowest first; one whose SNR is NaN comes before all."""
         return tuple(sorted(self.rows, key=lambda r: -math.inf if math.isnan(r.error.snr_db) else r.error.snr_db)[:n])
 
+    def layers(self) -> dict[int, float]:
+        """SNR in dB of all weights of each layer together, by its number."""
+        sums: dict[int, _Sums] = {}
+        for row in self.rows:
+            layer = classify(row.name).layer
+            if layer is not None:
+                sums.setdefault(layer, _Sums()).add(_Sums(xx=row.energy[0], ee=row.energy[1]))
+        return {n: sums[n].error().snr_db for n in sorted(sums)}
+
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form: {"total", "bytes", "source_bytes", "tensors", "worst" (names)}."""
+        """A JSON-ready form: {"total", "bytes", "source_bytes", "layers" (SNR), "tensors", "worst" (names)}."""
         return {
             "total": {k: _finite(v) for k, v in asdict(self.total).items()},
             "bytes": self.nbytes,
             "source_bytes": self.source_nbytes,
+            "layers": {str(n): _finite(snr) for n, snr in self.layers().items()},
             "tensors": [r.to_dict() for r in self.rows],
             "worst": [r.name for r in self.worst()],
         }
@@ -233,7 +247,10 @@ def _compare(name: str, x: Tensor, q: QuantizedTensor) -> tuple[Row, _Sums]:
             total.add(one)
     else:
         total = _sums(x, q)
-    row = Row(name, q.format.name, q.rule.value, tuple(q.shape), q.nbytes, x.nbytes, total.error(), tuple(experts))
+    row = Row(
+        name, q.format.name, q.rule.value, tuple(q.shape), q.nbytes, x.nbytes, total.error(), tuple(experts),
+        (total.xx, total.ee),
+    )  # fmt: skip
     return row, total
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator, Mapping
@@ -200,6 +201,13 @@ def _check_file_name(file: Any, what: str) -> None:
         )
 
 
+def _all_of_a_set(files: list[str]) -> bool:
+    """Whether the names (sorted) are x-00001-of-0000n to x-0000n-of-0000n of one x, without a gap."""
+    found = [re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.safetensors", f) for f in files]
+    parts = [(m[1], int(m[2]), int(m[3])) for m in found if m]
+    return bool(parts) and parts == [(parts[0][0], i + 1, len(files)) for i in range(len(files))]
+
+
 def _open(folder: Path, file: str) -> int:
     """A read-only descriptor of a regular file that lies in ``folder`` (or in its Hugging Face blob store)."""
     path = folder / file
@@ -290,7 +298,7 @@ class ShardReader:
             return sorted(set(weight_map.values())), weight_map
         if SINGLE in present:
             return [SINGLE], None
-        if len(present) == 1:
+        if len(present) == 1 or _all_of_a_set(present):  # OpenAI's own gpt-oss-120b has no index
             return present, None
         if present:
             raise ValueError(

@@ -6,6 +6,7 @@ every value in full precision. A finding names the tensor and what is wrong with
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,8 @@ class Verification:
             lines.append(
                 f"SNR against the source: {self.report.total.snr_db:.2f} dB over all, lowest {worst.error.snr_db:.2f} dB ({worst.name})"
             )
+            layers = [f"{n}: {snr:.2f}" for n, snr in self.report.layers().items()]
+            lines += [f"  layers  {', '.join(layers[i : i + 8])}" for i in range(0, len(layers), 8)]
         lines += [f"  {f}" for f in self.findings[:50]]
         if len(self.findings) > 50:
             lines.append(f"  ... and {len(self.findings) - 50} more")
@@ -103,7 +106,7 @@ def verify_checkpoint(
 
     Damaged or contradictory files; tensors, or matrices of experts, that are missing; wrong shapes; scales that are NaN, zero
     under codes that are not, or out of range; FP8 codes and full-precision values that are not finite; experts left in full
-    precision (unless allowed by name); tensors that differ from their CRC-32. With ``against``, its source: tensors that were
+    precision or not there (unless allowed by name); tensors that differ from their CRC-32. With ``against``, its source: tensors that were
     lost or changed, and the SNR of every weight, which must be at least ``min_snr`` dB.
 
     Never raises for what is wrong with ``out``; ValueError for a bad argument or an unreadable ``against``.
@@ -124,10 +127,13 @@ def verify_checkpoint(
             for r in ck.plain.values()
             if r.kind in MATRICES and r.kind != "linear" and matches(r.name, allow_unquantized_experts) is None
         ]
-        for h in expert_holes([*ck.weights, *ck.plain], ck.family):
+        fused = {r.name: r.shape[0] for r in (*ck.weights.values(), *ck.plain.values()) if r.kind == "fused_expert"}
+        config = ck.configs.get("config.json", {})
+        for h in expert_holes(
+            [*ck.weights, *ck.infos], ck.family, config, fused=fused, allow=allow_unquantized_experts
+        ):
             rest = f" ({h.missing} of this layer are missing)" if h.missing > 1 else ""
-            detail = f"each of the {h.count} experts of {h.experts} needs {', '.join(h.projections)}{rest}"
-            findings += [Finding(n, "missing", detail) for n in h.names]
+            findings += [Finding(n, "missing", h.detail + rest) for n in h.names]
         crc, more = _manifest(ck)
         findings += more
         owned = {t for r in ck.weights.values() for t in r.tensors}
@@ -146,7 +152,7 @@ def verify_checkpoint(
         report = None
         if against is not None:
             with Checkpoint(against) as source:
-                more, report = _against(ck, source, min_snr)
+                more, report = _against(ck, source, min_snr, progress)
                 findings += more
         findings.sort(key=lambda f: (f.kind, f.tensor))
         return Verification(
@@ -252,7 +258,9 @@ def _first(bad: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in bad.nonzero()[0])
 
 
-def _against(ck: Checkpoint, source: Checkpoint, min_snr: float) -> tuple[list[Finding], Report | None]:
+def _against(
+    ck: Checkpoint, source: Checkpoint, min_snr: float, progress: Progress | None
+) -> tuple[list[Finding], Report | None]:
     if source.layout is not None:
         raise ValueError(f"{source.reader.folder} is quantized itself: give the full-precision source to compare with")
     found: list[Finding] = []
@@ -262,7 +270,7 @@ def _against(ck: Checkpoint, source: Checkpoint, min_snr: float) -> tuple[list[F
         if digest not in (None, source_hash(source.reader)):
             found.append(Finding(ck.reader.folder.name, "source", "it was made from another source: the hashes differ"))
     missing: list[str] = []
-    report = compare(pairs(ck, source, missing))
+    report = compare(pairs(ck, source, missing, progress))
     found += [Finding(n, "missing", "a quantized weight has no counterpart in the source") for n in missing]
     for row in report.rows:
         if not row.error.snr_db >= min_snr:
@@ -289,13 +297,21 @@ def _split(ck: Checkpoint, source: Checkpoint) -> list[Target]:
     return [t for t in _per_expert(source) if t.ref.name in names]
 
 
-def pairs(ck: Checkpoint, source: Checkpoint, missing: list[str]) -> Iterator[tuple[str, Tensor, QuantizedTensor]]:
+def pairs(
+    ck: Checkpoint, source: Checkpoint, missing: list[str], progress: Progress | None = None
+) -> Iterator[tuple[str, Tensor, QuantizedTensor]]:
     """(name, source [N, K], quantized [N, K]) of every quantized weight, fused experts taken apart: what ``compare`` reads.
 
-    Names of quantized weights that the source does not have, or has in another shape, are added to ``missing``.
+    Names of quantized weights that the source does not have, or has in another shape, are added to ``missing``. ``progress`` is
+    told the elements of those that have been compared.
     """
     plain = {t.ref.name: t for t in _per_expert(source)}
-    for target in regroup(list(ck.weights.values()), PER_EXPERT, ck.family):
+    targets = regroup(list(ck.weights.values()), PER_EXPERT, ck.family)
+    total, done = sum(math.prod(t.ref.shape) for t in targets), 0
+    for target in targets:
+        if progress is not None:
+            progress(done, total)
+        done += math.prod(target.ref.shape)
         other = plain.get(target.ref.name)
         if other is None or tuple(other.ref.shape) != tuple(target.ref.shape):
             missing.append(target.ref.name)
@@ -305,6 +321,8 @@ def pairs(ck: Checkpoint, source: Checkpoint, missing: list[str]) -> Iterator[tu
         except (ValueError, TypeError):
             continue  # its scales are damaged, which the checks of weights say
         yield target.ref.name, assemble_plain(other, source.read_plain), q
+    if progress is not None:
+        progress(done, total)
 
 
 def _same(a: ShardReader, b: ShardReader, name: str) -> bool:
@@ -321,7 +339,9 @@ def _same(a: ShardReader, b: ShardReader, name: str) -> bool:
     return True
 
 
-def report_checkpoint(out: str | os.PathLike[str], source: str | os.PathLike[str]) -> Report:
+def report_checkpoint(
+    out: str | os.PathLike[str], source: str | os.PathLike[str], *, progress: Progress | None = None
+) -> Report:
     """The error of every quantized weight of ``out`` against its full-precision ``source``, one weight at a time.
 
     ValueError where ``out`` is not quantized, ``source`` is, or a weight has no counterpart.
@@ -332,7 +352,7 @@ def report_checkpoint(out: str | os.PathLike[str], source: str | os.PathLike[str
         if src.layout is not None:
             raise ValueError(f"{source} is quantized itself: give the full-precision source")
         missing: list[str] = []
-        found = compare(pairs(ck, src, missing))
+        found = compare(pairs(ck, src, missing, progress))
         if missing:
             raise ValueError(
                 f"{len(missing)} quantized weights have no counterpart in {source}, the first is {missing[0]}"

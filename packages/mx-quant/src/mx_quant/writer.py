@@ -41,6 +41,15 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Bytes of the tensor ``name``, from its byte ``offset`` on."""
+
+    name: str
+    tensor: Tensor
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Shard:
     """One file to be written: ``head`` is length and header, ``tensors`` lie at their ``start``, ``nbytes`` is the file's size."""
 
@@ -109,6 +118,7 @@ class ShardWriter:
 
     A shard whose last byte has come is fsynced and closed, then ``on_shard(shard, crc)`` is called with the CRC-32 of
     each of its tensors; ``done`` names the files that are complete already and are left alone. Nothing is held in memory.
+    ``submit`` has a thread of the writer's own do it: threads that wrote at once would wait for the file's lock, spinning.
     ``finish`` raises ValueError if bytes are missing, and writes the index (for more than one shard).
     """
 
@@ -131,12 +141,26 @@ class ShardWriter:
         self._fds: dict[str, int] = {}
         self._unsynced = 0
         self._lock = threading.Lock()
+        self._writes = ThreadPoolExecutor(1, thread_name_prefix="mx-write")
+        self._failure: BaseException | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="mx-sync")
         self._pending: list[Future[None]] = []
 
     def needs(self, name: str) -> bool:
         """Whether ``name`` belongs to a shard that is not complete."""
         return self._info[name].file not in self._done
+
+    def submit(self, parts: Sequence[Part]) -> Future[None]:
+        """``write`` these parts in the background; they must stay as they are until the result is there."""
+        return self._writes.submit(self._write_all, parts)
+
+    def _write_all(self, parts: Sequence[Part]) -> None:
+        try:
+            for part in parts:
+                self.write(part.name, part.tensor, part.offset)
+        except BaseException as e:
+            self._failure = self._failure or e
+            raise
 
     def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
         """Write ``tensor`` (contiguous, CPU) at byte ``offset`` of ``name``; ValueError for a wrong size or a second time."""
@@ -194,7 +218,10 @@ class ShardWriter:
             self._on_shard(shard, crcs)
 
     def finish(self) -> None:
-        """Wait for the last fsync and write the index; ValueError if any tensor is incomplete."""
+        """Wait for the last write and fsync, and write the index; ValueError if any tensor is incomplete."""
+        self._writes.shutdown(wait=True)
+        if self._failure is not None:
+            raise self._failure
         for shard in self.shards:
             if (
                 self._left[shard.file] == 0
@@ -215,7 +242,8 @@ class ShardWriter:
         sync_folder(self.folder)
 
     def close(self) -> None:
-        """Stop: wait for the background thread and close what is open, complete or not."""
+        """Stop: wait for the background threads and close what is open, complete or not."""
+        self._writes.shutdown(wait=True, cancel_futures=True)
         self._background.shutdown(wait=True, cancel_futures=True)
         while self._fds:
             os.close(self._fds.popitem()[1])

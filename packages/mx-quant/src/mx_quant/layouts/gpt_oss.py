@@ -153,7 +153,8 @@ def _check(original: bool, ref: WeightRef) -> None:
     if original != ref.name.endswith(("mlp1_weight", "mlp2_weight")):
         mine, other = ("gpt-oss-original", "gpt-oss") if original else ("gpt-oss", "gpt-oss-original")
         raise ValueError(
-            f"{ref.name} is not named as layout {mine} names experts, and one checkpoint cannot mix both namings: use {other}"
+            f"{ref.name} is not named as layout {mine} names experts, and one checkpoint cannot mix both namings: use {other} "
+            f"(and convert to {mine} afterwards)"
         )
 
 

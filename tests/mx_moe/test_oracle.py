@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mx_kernels as mk
+import mx_quant as mq
 from mx_moe import (
     EXPERT_BACKENDS,
     Problem,
@@ -90,6 +91,31 @@ def test_inputs_in_16_bits_are_respected() -> None:
     choice = select_mxfp8_moe_backend(mk.Device.fake("sm100"), inputs=None)
     assert choice.name == "fused"
     assert "the scheme keeps inputs in 16 bits" in reasons(choice)["native"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "backend", "inputs"),
+    [
+        ("mxfp8", {}, "fused", None),
+        ("w4a16", {}, "fused", None),
+        ("w8a8", {}, "native", mk.MXFP8),
+        ("w4a4", {}, "native", mk.MXFP4),
+        ("w8a8", {"inputs": None}, "fused", None),
+        ("mxfp8", {"inputs": "auto"}, "native", mk.MXFP8),
+        ("mxfp8", {"inputs": "mxfp8"}, "native", mk.MXFP8),
+        ("w4a16", {"backend": "native"}, "native", mk.MXFP8),
+    ],
+)
+def test_weight_only_schemes_stay_in_16_bits(oracle, monkeypatch, scheme, options, backend, inputs) -> None:
+    """Where the hardware would multiply quantized inputs: those are quantized if the scheme or the caller says so, and only then."""
+    case = oracle.layer("bfloat16", dtype=torch.bfloat16)
+    weights = mq.quantize_experts(case.weights.w13, case.weights.w2, scheme)
+    monkeypatch.setattr(mk.Device, "probe", classmethod(lambda cls, device=None: mk.Device.fake("sm100")))
+    experts = make_experts(weights, case.activation, **options)
+    assert experts.choice.name == backend
+    assert experts.inputs.format is inputs
+    if backend == "fused":
+        assert "would multiply" in reasons(experts.choice)["native"]
 
 
 def test_without_input_scales_nvfp4_is_not_native() -> None:

@@ -24,7 +24,7 @@ from mx_moe.__main__ import environment
 SILU = mk.Activation("silu")
 MXFP8_HARDWARE = {"sm100", "sm103", "sm120", "sm121", "gfx950", "gfx1250"}
 MXFP4_HARDWARE = {"sm100", "sm103", "gfx950", "gfx1250"}  # MXFP8 inputs x MXFP4 weights
-NVFP4_HARDWARE = {"sm100", "sm103", "sm120", "sm121"}
+NVFP4_HARDWARE = {"sm100", "sm103", "sm120", "sm121", "gfx1250"}
 GPUS = [a for a in mk.ARCHITECTURES if a not in ("cpu", "sm75")]
 
 
@@ -128,9 +128,20 @@ def test_without_input_scales_nvfp4_is_not_native() -> None:
 def test_without_a_fitting_triton(triton: str | None) -> None:
     choice = select_mxfp8_moe_backend(mk.Device.fake("sm100", triton))
     assert choice.name == "emulation"
-    want = "Triton is not installed" if triton is None else "Triton 3.4.0 is older than 3.6"
+    want = "Triton is not installed" if triton is None else "Triton 3.4.0 is older than 3.6.0, which sm100 needs"
     assert want in reasons(choice)["native"]
     assert want in reasons(choice)["fused"]
+
+
+def test_hardware_that_a_newer_triton_uses() -> None:
+    choice = select_mxfp8_moe_backend(mk.Device.fake("sm121", "3.6.0"))
+    assert choice.name == "fused"
+    assert reasons(choice)["native"] == (
+        "sm121 multiplies mxfp8_e4m3 in hardware from Triton 3.8.0 on, and this is Triton 3.6.0: update it"
+    )
+    choice = select_mxfp8_moe_backend(mk.Device.fake("gfx1250", "3.6.0"))
+    assert choice.name == "emulation"
+    assert "Triton 3.6.0 is older than 3.7.1, which gfx1250 needs" in reasons(choice)["fused"]
 
 
 def test_plain_weights() -> None:

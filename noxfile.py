@@ -75,6 +75,19 @@ def compile(session: nox.Session, triton: str) -> None:
 
 
 @nox.session
+def native(session: nox.Session) -> None:
+    """Write the table of what is native, and the READMEs' tables, from what each Triton compiles; needs no GPU."""
+    install(session, "test")
+    files = []
+    for version in ("3.6.0", "3.7.1", "3.8.0", NEWEST_TRITON.removeprefix("triton==")):
+        files.append(str(Path(session.create_tmp(), f"{version}.json").resolve()))
+        session.install(f"triton=={version}")
+        session.run("python", "tests/mx_kernels/native.py", files[-1])
+    session.run("python", "tests/mx_kernels/native.py", "--write", *files)
+    session.run("python", "tests/test_readme.py")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style: ruff check and ruff format."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))

@@ -24,7 +24,8 @@ def _blocks(path: Path, language: str) -> list[str]:
 
 def hardware_table() -> str:
     """Markdown: the backend that the oracle takes, for each format and architecture."""
-    mm = pytest.importorskip("mx_moe")
+    import mx_moe as mm
+
     choices = {arch: mm.explain(mk.Device.fake(arch)) for arch in ARCHITECTURES}
     lines = ["| | " + " | ".join(ARCHITECTURES) + " |", "|---" * (len(ARCHITECTURES) + 1) + "|"]
     for name in next(iter(choices.values())):
@@ -32,8 +33,23 @@ def hardware_table() -> str:
     return "\n".join(lines)
 
 
-def test_hardware_table():
-    assert hardware_table() in (ROOT / "README.md").read_text(), f"README's table should be\n{hardware_table()}"
+def native_row() -> str:
+    """The row of mx-moe's table of backends that says where native experts run."""
+    where = [name for name, a in mk.ARCHITECTURES.items() if a.native]
+    return f"| native | quantized inputs and weights go into block-scaled matrix instructions | {', '.join(where)} |"
+
+
+TABLES = {  # file -> what replaces the lines that match
+    ROOT / "README.md": (r"^\| \| cpu .*(\n\|.*)*", hardware_table),
+    ROOT / "packages/mx-moe/README.md": (r"^\| native \|.*", native_row),
+}
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.parent.name)
+def test_generated_tables(path):
+    pytest.importorskip("mx_moe")
+    want = TABLES[path][1]()
+    assert want in path.read_text(), f"run nox -s native, which writes\n{want}"
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda p: p.parent.name)
@@ -88,3 +104,10 @@ def test_commands_of_the_readmes_exist(command):
             assert done.returncode == 0, f"{path.name} shows {line!r}: {done.stderr}"
             for option in (w for w in words if w.startswith("--")):
                 assert option in done.stdout, f"{path.name} shows {option}, which {command} {words[1]} does not know"
+
+
+if __name__ == "__main__":  # nox -s native
+    for file, (pattern, table) in TABLES.items():
+        text, count = re.subn(pattern, table(), file.read_text(), flags=re.M)
+        assert count == 1, f"{file} has {count} places for its table"
+        file.write_text(text)

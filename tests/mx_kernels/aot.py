@@ -20,14 +20,10 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
-    "gfx1250": GPUTarget("hip", "gfx1250", 32),
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (75, 80, 86, 89, 90, 100, 103, 120, 121)}
+TARGETS |= {
+    f"gfx{n}": GPUTarget("hip", f"gfx{n}", 64 if n[0] == "9" else 32)
+    for n in ("90a", "942", "950", "1100", "1201", "1250")
 }
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

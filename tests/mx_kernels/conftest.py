@@ -1,4 +1,4 @@
-"""The ``aot`` fixture: the module ``aot.py`` beside this file (it imports Triton, so it is loaded only where a test asks)."""
+"""The ``aot`` and ``native`` fixtures: modules beside this file (they import Triton, so they are loaded only where a test asks)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 
 
+def _load(name):
+    pytest.importorskip("triton")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def aot():
-    pytest.importorskip("triton")
-    if "aot" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("aot", Path(__file__).with_name("aot.py"))
-        sys.modules["aot"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["aot"])
-    return sys.modules["aot"]
+    return _load("aot")
+
+
+@pytest.fixture(scope="session")
+def native(aot):
+    return _load("native")

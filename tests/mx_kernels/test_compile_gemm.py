@@ -10,6 +10,9 @@ import re
 import pytest
 
 import mx_kernels as mk
+from mx_kernels.device import triton_version
+from mx_kernels.native_table import NATIVE as TABLE
+from mx_kernels.native_table import NATIVE_SINCE, PRODUCT_SINCE
 
 pytestmark = pytest.mark.compile
 
@@ -18,6 +21,7 @@ NATIVE = {
     "sm_100": r"tcgen05\.mma.*kind::(mxf8f6f4|mxf4|mxf4nvf4)\.block_scale",
     "sm_120": r"mma\.sync.*kind::(mxf8f6f4|mxf4nvf4)\.block_scale",
     "gfx950": r"v_mfma_scale_f32_.*f8f6f4",
+    "gfx1250": r"v_wmma_scale(16)?_f32_.*f8f6f4",
 }
 UPCAST = {
     "sm_80": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
@@ -26,95 +30,23 @@ UPCAST = {
     "sm_120": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
     "gfx942": r"v_mfma_f32_(16x16x16|32x32x8)_bf16",
     "gfx950": r"v_mfma_f32_(16x16x32|32x32x16)_bf16",
+    "gfx1250": r"v_wmma_f32_16x16x32_bf16",
 }
 SHARED = 101376 - 1024  # what a block may have on sm_86, sm_89 and sm_120, the smallest of NVIDIA's
-LOCAL = {"gfx942": 65536, "gfx950": 163840}  # what a workgroup may have: CDNA 3 and 4
-POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+LOCAL = {"gfx942": 65536, "gfx950": 163840, "gfx1250": 327680}  # what a workgroup may have: CDNA 3, CDNA 4, gfx1250
 SILU, OAI = mk.Activation("silu"), mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
 
 
-def compiled(aot, target, x, w, block=16, routing="sorted", activation=SILU, requantize=None, even=True):
-    """The kernel as ``_launch`` would configure it on that architecture."""
-    from mx_kernels.kernels import generic_gemm as g
+@pytest.fixture
+def compiled(native):
+    """``native.compile_gemm``, or skip where ``test_the_table_is_what_compiles`` shows that this Triton cannot."""
 
-    device = mk.Device.fake(target.replace("_", ""))
-    formats = [mk.FORMATS.get(name) for name in (x, w)]
-    kinds = tuple(name if f is None else f.element.name for name, f in zip((x, w), formats, strict=True))
-    blocks = [0 if f is None else f.block for f in formats]
-    compute = g.compute_mode(device, *("" if f is None else f.name for f in formats), kinds)
-    options = dict(g.tile_config(compute, device.arch, kinds, blocks[1], block))
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    words = [compute != "native" or name.startswith("mxfp6") for name in (x, w)]  # codes are read as words or as bytes
-    stored = [POINTERS.get(name, "*i32" if word else "*u8") for name, word in zip((x, w), words, strict=True)]
-    # Rows of K = 2880: 16-byte rows of words (8 of FP6), and scales by fours at best.
-    units = [
-        (2 if "fp6" in name else 4) if word and name in mk.FORMATS else 16
-        for name, word in zip((x, w), words, strict=True)
-    ]
-    wanted = g.scale_units(compute, device.arch, options["REORDER"], blocks[1], options["BK"])
-    scale_unit = next(unit for unit in wanted if unit <= 4)
-    signature = {
-        "x": stored[0],
-        "x_scale": "*u8",
-        "x_global": "*fp32",
-        "x_stride": "i32",
-        "x_scale_stride": "i32",
-        "w": stored[1],
-        "w_scale": "*u8",
-        "w_global": "*fp32",
-        "w_stride_e": "i32",
-        "w_stride_n": "i32",
-        "w_scale_stride_e": "i32",
-        "w_scale_stride_n": "i32",
-        "out": "*u8" if requantize else "*bf16",
-        "out_scale": "*u8",
-        "sorted_ids": "*i32",
-        "expert_ids": "*i32",
-        "num_padded": "*i32",
-        "num_pairs": "i32",
-        "top_k": "i32",
-        "E": "i32",
-        "N": "i32",
-        "K": "i32",
-        "tiles_n": "i32",
-        "bias": "*bf16",
-        "bias_stride_e": "i32",
-        "row_weight": "*fp32",
-        "alpha": "fp32",
-        "beta": "fp32",
-        "limit": "fp32",
-    }
-    a = activation
-    constexprs = {
-        "XKIND": kinds[0],
-        "XB": blocks[0],
-        "X_GLOBAL": "one" if x == "nvfp4" else "",
-        "WKIND": kinds[1],
-        "WB": blocks[1],
-        "W_GLOBAL": "expert" if w == "nvfp4" else "",
-        "ROUTING": routing,
-        "BLOCK": block,
-        "PAIRS": 64,
-        "BIAS": True,
-        "ROW_WEIGHT": True,
-        "COMPUTE": compute,
-        "ACT": a.kind if a else "",
-        "INTERLEAVED": bool(a) and a.layout == "interleaved",
-        "GATED": bool(a) and a.gated,
-        "CLAMP": bool(a) and a.limit is not None,
-        "WHOLE": True,
-        "RAGGED": not even,
-        "ELEMENT": requantize.element.name if requantize else "",
-        "RULE": str(requantize.default_rule if requantize else ""),
-        "WARPS": launch["num_warps"],
-        "X_UNIT": units[0],
-        "W_UNIT": units[1],
-        "XS_UNIT": scale_unit,
-        "WS_UNIT": scale_unit,
-        **options,
-    }
-    odd = [n for n in signature if "stride" in n] + ["top_k", "num_pairs", "E", "tiles_n"]
-    return compute, aot.compile_kernel(g._gemm_kernel, signature, constexprs, target, unaligned=odd, **launch)
+    def run(target, *args, **options):
+        if not native.here(target).compiles:
+            pytest.skip(f"this Triton compiles no product for {target}")
+        return native.compile_gemm(target, *args, **options)
+
+    return run
 
 
 def check(target, kernel, wanted):
@@ -130,22 +62,23 @@ PAIRS = [
     ("mxfp8_e4m3", "mxfp8_e4m3"),
     ("mxfp8_e4m3", "mxfp6_e3m2"),
     ("mxfp8_e5m2", "mxfp4"),
+    ("mxfp4", "mxfp8_e4m3"),
     ("mxfp4", "mxfp4"),
     ("nvfp4", "nvfp4"),
 ]
 
 
 def claims(target, x, w):
-    return mk.Device.fake(target.replace("_", "")).native(x, w)
+    return mk.Device.fake(target.replace("_", ""), triton_version()).native(x, w)
 
 
 @pytest.mark.parametrize(
     ("target", "x", "w", "block"),
     [(t, x, w, b) for t in sorted(NATIVE) for x, w in PAIRS for b in (16, 128) if b == 16 or claims(t, x, w)],
 )
-def test_native_where_the_table_says(aot, target, x, w, block):
+def test_native_where_the_table_says(compiled, target, x, w, block):
     native = claims(target, x, w)
-    compute, kernel = compiled(aot, target, x, w, block)
+    compute, kernel = compiled(target, x, w, block)
     assert compute == ("native" if native else "bf16")
     check(target, kernel, NATIVE[target] if native else UPCAST[target])
 
@@ -172,40 +105,99 @@ def test_native_where_the_table_says(aot, target, x, w, block):
         ("gfx942", "bf16", "nvfp4", 64),
         ("gfx942", "mxfp8_e4m3", "mxfp6_e3m2", 128),
         ("gfx950", "bf16", "mxfp8_e4m3", 16),
+        ("gfx1250", "bf16", "mxfp8_e4m3", 16),
+        ("gfx1250", "bf16", "mxfp4", 128),
+        ("gfx1250", "fp16", "nvfp4", 64),
     ],
 )
-def test_upcast_elsewhere(aot, target, x, w, block):
+def test_upcast_elsewhere(compiled, target, x, w, block):
     """bf16 matrix instructions on operands decoded in registers; no FP8 type is needed, so also on sm_80 and gfx942."""
-    compute, kernel = compiled(aot, target, x, w, block, activation=OAI)
+    compute, kernel = compiled(target, x, w, block, activation=OAI)
     assert compute == "bf16"
     check(target, kernel, UPCAST[target])
-    if target.startswith("gfx"):  # the decoder multiplies float32 subnormals by powers of two: they must not be flushed
+    if target.startswith(
+        "gfx9"
+    ):  # the decoder multiplies float32 subnormals by powers of two: they must not be flushed
         assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", kernel.asm)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_same_plain_types(aot, target):
-    compute, kernel = compiled(aot, target, "fp16", "fp16", 64)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "gfx1250"])
+def test_same_plain_types(compiled, target):
+    compute, kernel = compiled(target, "fp16", "fp16", 64)
     assert compute == "fp16"
-    check(target, kernel, r"(mma\.sync|wgmma).*f16\.f16|v_mfma.*_f16")
+    check(target, kernel, r"(mma\.sync|wgmma).*f16\.f16|v_(mfma|wmma).*_f16")
 
 
 @pytest.mark.parametrize(
     ("target", "requantize"),
-    [("sm_90", mk.MXFP8), ("sm_80", mk.MXFP4), ("gfx942", mk.MXFP6_E3M2), ("sm_100", mk.MXFP4)],
+    [
+        ("sm_90", mk.MXFP8),
+        ("sm_80", mk.MXFP4),
+        ("gfx942", mk.MXFP6_E3M2),
+        ("sm_100", mk.MXFP4),
+        ("sm_120", mk.MXFP8),
+        ("gfx950", mk.MXFP8),
+        ("gfx1250", mk.MXFP8),
+    ],
 )
-def test_requantizing_and_self_routing(aot, target, requantize):
+def test_requantizing_and_self_routing(compiled, target, requantize):
     """The epilogue that quantizes, ragged K, and blocks that route themselves."""
     x = "mxfp8_e4m3"
-    compute, kernel = compiled(aot, target, x, x, routing="self", requantize=requantize, even=False)
-    assert compute == ("native" if target in NATIVE else "bf16")
-    check(target, kernel, NATIVE[target] if target in NATIVE else UPCAST[target])
+    compute, kernel = compiled(target, x, x, routing="self", requantize=requantize, even=False)
+    assert compute == ("native" if claims(target, x, x) else "bf16")
+    check(target, kernel, NATIVE[target] if compute == "native" else UPCAST[target])
 
 
-def test_full_precision(aot):
+def test_full_precision(compiled):
     """Float32 operands are multiplied as float32, by fused multiply-adds and no matrix unit's TF32."""
-    compute, kernel = compiled(aot, "sm_90", "fp32", "mxfp4")
+    compute, kernel = compiled("sm_90", "fp32", "mxfp4")
     assert compute == "fp32"
     assert "fma.rn.f32" in kernel.asm
     assert not re.search(MATRIX, kernel.asm)
     assert kernel.spills == 0
+
+
+GPUS = [a.name for a in mk.ARCHITECTURES.values() if a.vendor in ("nvidia", "amd")]
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_the_table_is_what_compiles(native, aot, arch):
+    """``native_table.py``, made again for the installed Triton; versions before an architecture's first make less."""
+    made, here = native.row(arch), aot.TRITON_VERSION
+    pairs = frozenset(made["native"])
+    if here >= version(NATIVE_SINCE.get(arch, "3.6.0")):
+        assert pairs == TABLE.get(arch, frozenset()), "run nox -s native"
+    else:
+        assert pairs < TABLE[arch], f"Triton {here} makes all of the row: NATIVE_SINCE is too late, run nox -s native"
+    has_units = mk.ARCHITECTURES[arch].bf16
+    assert made["product"] == (has_units and here >= version(PRODUCT_SINCE.get(arch, "3.6.0"))), "run nox -s native"
+
+
+def version(text):
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def test_why_triton_3_6_makes_no_product_for_gfx1250(native, aot, capfd):
+    """Its assembler refuses kernels whose arguments fill 32 scalar registers (of 5 bits of a field), as those of every product do."""
+    if aot.TRITON_VERSION != (3, 6):
+        pytest.skip("about Triton 3.6")
+    with pytest.raises(RuntimeError, match="LLD failed to link"):
+        native.compile_gemm("gfx1250", "bf16", "mxfp4")
+    assert "amdgpu_user_sgpr_count smaller than" in capfd.readouterr().err
+
+
+def test_the_table_as_it_is_written(native):
+    """The generator's text: the newest's rows, the first version of each, and nothing about architectures without rows."""
+    few, all_ = [["mxfp8", "mxfp8"]], [["mxfp8", "mxfp8"], ["mxfp4", "mxfp4"]]
+    make = lambda pairs, product=True: {"native": pairs, "product": product}  # noqa: E731
+    found = {
+        "3.6.0": {"sm90": make([]), "sm100": make(all_), "gfx1250": make([], False)},
+        "3.8.0": {"sm90": make([]), "sm100": make(all_), "gfx1250": make(few)},
+        "3.9.0": {"sm90": make([]), "sm100": make(all_), "gfx1250": make(all_)},
+    }
+    space = {}
+    exec(native.source(found), space)
+    pairs = frozenset({("mxfp8", "mxfp8"), ("mxfp4", "mxfp4")})
+    assert space["NATIVE"] == {"sm100": pairs, "gfx1250": pairs}
+    assert space["NATIVE_SINCE"] == {"gfx1250": "3.9.0"}
+    assert space["PRODUCT_SINCE"] == {"gfx1250": "3.8.0"}

@@ -14,10 +14,10 @@ NATIVE = {
     ("mxfp8_e4m3", "mxfp8_e4m3"): {"sm100", "sm103", "sm120", "sm121", "gfx950", "gfx1250"},
     ("mxfp8_e5m2", "mxfp6_e2m3"): {"sm100", "sm103", "sm120", "sm121", "gfx950", "gfx1250"},
     ("mxfp8_e4m3", "mxfp4"): {"sm100", "sm103", "gfx950", "gfx1250"},
+    ("mxfp4", "mxfp8_e4m3"): {"sm100", "sm103", "gfx950", "gfx1250"},
     ("mxfp4", "mxfp4"): {"sm100", "sm103", "sm120", "sm121", "gfx950", "gfx1250"},
-    ("nvfp4", "nvfp4"): {"sm100", "sm103", "sm120", "sm121"},
+    ("nvfp4", "nvfp4"): {"sm100", "sm103", "sm120", "sm121", "gfx1250"},
     ("bfloat16", "mxfp4"): set(),
-    ("mxfp4", "mxfp8_e4m3"): set(),
     ("nvfp4", "mxfp4"): set(),
 }
 
@@ -30,11 +30,35 @@ def test_fake(name):
     assert str(device) == name
     kind = {"nvidia": "cuda", "amd": "cuda", "intel": "xpu", "cpu": "cpu"}[device.arch.vendor]
     assert device.type == kind
-    assert device.triton == (None if name == "cpu" else "3.6.0")
+    first = {"sm121": "3.8.0", "gfx1250": "3.8.0"}
+    assert device.triton == (None if name == "cpu" else first.get(name, "3.6.0"))
+    assert device.compiles == (name != "cpu")
     assert Device.fake(name, triton=None).triton is None
     for pair, where in NATIVE.items():
         assert device.native(*pair) == (name in where)
         assert set(device.native_elsewhere(*pair)) == where
+
+
+@pytest.mark.parametrize(
+    ("name", "triton", "compiles", "mx", "nvfp4"),
+    [
+        ("sm100", "3.6.0", True, True, True),
+        ("sm100", "3.5.1+git17", False, False, False),
+        ("sm100", None, False, True, True),
+        ("sm121", "3.6.0", True, False, False),
+        ("sm121", "3.7.1+rocm7", True, False, False),
+        ("sm121", "3.8", True, True, True),
+        ("gfx1250", "3.6.0", False, False, False),
+        ("gfx1250", "3.7.1", True, False, False),
+        ("gfx1250", "3.10.0", True, True, True),
+    ],
+)
+def test_an_older_triton_makes_less(name, triton, compiles, mx, nvfp4):
+    """Without Triton ``native`` says what the hardware has."""
+    device = Device.fake(name, triton)
+    assert device.compiles == compiles
+    assert device.native("mxfp8_e4m3", "mxfp8_e4m3") == mx
+    assert device.native("nvfp4", "nvfp4") == nvfp4
 
 
 def test_facts_that_kernels_rely_on():

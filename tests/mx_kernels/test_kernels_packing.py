@@ -14,7 +14,7 @@ import torch
 import mx_kernels as mk
 from mx_kernels import packing
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1250")
 GATES = [(False, "concatenated"), (True, "concatenated"), (True, "interleaved")]
 SHAPES = [(1, 16, 32), (1, 34, 96), (9, 48, 352), (9, 200, 768), (1, 1000, 2880), (2, 272, 4128), (64, 160)]
 

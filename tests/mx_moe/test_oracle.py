@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mx_kernels as mk
+import mx_quant as mq
 from mx_moe import (
     EXPERT_BACKENDS,
     Problem,
@@ -23,7 +24,7 @@ from mx_moe.__main__ import environment
 SILU = mk.Activation("silu")
 MXFP8_HARDWARE = {"sm100", "sm103", "sm120", "sm121", "gfx950", "gfx1250"}
 MXFP4_HARDWARE = {"sm100", "sm103", "gfx950", "gfx1250"}  # MXFP8 inputs x MXFP4 weights
-NVFP4_HARDWARE = {"sm100", "sm103", "sm120", "sm121"}
+NVFP4_HARDWARE = {"sm100", "sm103", "sm120", "sm121", "gfx1250"}
 GPUS = [a for a in mk.ARCHITECTURES if a not in ("cpu", "sm75")]
 
 
@@ -92,6 +93,31 @@ def test_inputs_in_16_bits_are_respected() -> None:
     assert "the scheme keeps inputs in 16 bits" in reasons(choice)["native"]
 
 
+@pytest.mark.parametrize(
+    ("scheme", "options", "backend", "inputs"),
+    [
+        ("mxfp8", {}, "fused", None),
+        ("w4a16", {}, "fused", None),
+        ("w8a8", {}, "native", mk.MXFP8),
+        ("w4a4", {}, "native", mk.MXFP4),
+        ("w8a8", {"inputs": None}, "fused", None),
+        ("mxfp8", {"inputs": "auto"}, "native", mk.MXFP8),
+        ("mxfp8", {"inputs": "mxfp8"}, "native", mk.MXFP8),
+        ("w4a16", {"backend": "native"}, "native", mk.MXFP8),
+    ],
+)
+def test_weight_only_schemes_stay_in_16_bits(oracle, monkeypatch, scheme, options, backend, inputs) -> None:
+    """Where the hardware would multiply quantized inputs: those are quantized if the scheme or the caller says so, and only then."""
+    case = oracle.layer("bfloat16", dtype=torch.bfloat16)
+    weights = mq.quantize_experts(case.weights.w13, case.weights.w2, scheme)
+    monkeypatch.setattr(mk.Device, "probe", classmethod(lambda cls, device=None: mk.Device.fake("sm100")))
+    experts = make_experts(weights, case.activation, **options)
+    assert experts.choice.name == backend
+    assert experts.inputs.format is inputs
+    if backend == "fused":
+        assert "would multiply" in reasons(experts.choice)["native"]
+
+
 def test_without_input_scales_nvfp4_is_not_native() -> None:
     choice = select_nvfp4_moe_backend(mk.Device.fake("sm100"), features=frozenset())
     assert choice.name == "fused"
@@ -102,9 +128,20 @@ def test_without_input_scales_nvfp4_is_not_native() -> None:
 def test_without_a_fitting_triton(triton: str | None) -> None:
     choice = select_mxfp8_moe_backend(mk.Device.fake("sm100", triton))
     assert choice.name == "emulation"
-    want = "Triton is not installed" if triton is None else "Triton 3.4.0 is older than 3.6"
+    want = "Triton is not installed" if triton is None else "Triton 3.4.0 is older than 3.6.0, which sm100 needs"
     assert want in reasons(choice)["native"]
     assert want in reasons(choice)["fused"]
+
+
+def test_hardware_that_a_newer_triton_uses() -> None:
+    choice = select_mxfp8_moe_backend(mk.Device.fake("sm121", "3.6.0"))
+    assert choice.name == "fused"
+    assert reasons(choice)["native"] == (
+        "sm121 multiplies mxfp8_e4m3 in hardware from Triton 3.8.0 on, and this is Triton 3.6.0: update it"
+    )
+    choice = select_mxfp8_moe_backend(mk.Device.fake("gfx1250", "3.6.0"))
+    assert choice.name == "emulation"
+    assert "Triton 3.6.0 is older than 3.7.1, which gfx1250 needs" in reasons(choice)["fused"]
 
 
 def test_plain_weights() -> None:

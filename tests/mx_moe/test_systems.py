@@ -72,11 +72,12 @@ def test_3_mxfp8_online_moe(oracle, device: str, scheme: str) -> None:
     method.process_weights_after_loading(layer)
     got = method.apply(layer, case.x, case.routing)
     inputs = layer.experts.inputs.format
-    assert inputs is (mk.MXFP8 if scheme == "w8a8" or layer.experts.choice.name == "native" else None)
+    assert inputs is (mk.MXFP8 if scheme == "w8a8" else None)
     weights = mq.quantize_experts(w.w13, w.w2, "mxfp8", w13_bias=w.w13_bias, w2_bias=w.w2_bias)
     want = oracle.dense(case.x, case.routing, weights, SILU, inputs=None if inputs is None else inputs.name)
     assert oracle.relative(got, want) <= (BF16 if inputs is None else 6e-3)
-    assert layer.experts.choice.name == mm.select_mxfp8_moe_backend(mk.Device.probe(device)).name or scheme == "w8a8"
+    asked = None if inputs is None else inputs.name
+    assert layer.experts.choice.name == mm.select_mxfp8_moe_backend(mk.Device.probe(device), inputs=asked).name
 
 
 @pytest.mark.parametrize("device", DEVICES)

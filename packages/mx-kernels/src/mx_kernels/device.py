@@ -1,21 +1,23 @@
 """Device facts: what an architecture's matrix units can do, as a table, and the device a tensor is on.
 
 ``ARCHITECTURES`` says which pairs of operand formats an architecture multiplies *in hardware* (block-scaled matrix
-instructions). It is checked against compiled code: ``tests/mx_kernels/test_compile.py`` compiles every pair for every
-architecture and looks for the instruction. Importing this module touches no device.
+instructions). That part is generated from compiled code (``native_table.py``, made by ``nox -s native``), and
+``tests/mx_kernels/test_compile_gemm.py`` makes it again. Importing this module touches no device.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 from dataclasses import dataclass
 
 import torch
 
-_MX8_4 = frozenset({("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"), ("mxfp4", "mxfp4")})
-_SAME = frozenset({("mxfp8", "mxfp8"), ("mxfp4", "mxfp4")})
-_NVFP4 = frozenset({("nvfp4", "nvfp4")})
+from .native_table import NATIVE, NATIVE_SINCE, PRODUCT_SINCE
+
+_OLDEST = "3.6.0"
+"""The oldest Triton that is supported anywhere."""
 
 
 @dataclass(frozen=True)
@@ -25,34 +27,30 @@ class Architecture:
     native: (activation family, weight family) pairs that have a block-scaled matrix instruction ("mxfp8" stands for
         E4M3 and E5M2; MXFP6 is widened to E4M3, which holds each of its values).
     bf16: matrix units multiply bfloat16.
+    native_since, product_since: the oldest Triton that emits those instructions, and that compiles any product, there.
     """
 
     name: str
     vendor: str
     native: frozenset[tuple[str, str]] = frozenset()
     bf16: bool = True
+    native_since: str = _OLDEST
+    product_since: str = _OLDEST
+
+
+def _row(name: str, vendor: str, bf16: bool = True) -> Architecture:
+    native, since = NATIVE.get(name, frozenset()), NATIVE_SINCE.get(name, _OLDEST)
+    return Architecture(name, vendor, native, bf16, since, PRODUCT_SINCE.get(name, _OLDEST))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a
     for a in (
-        Architecture("cpu", "cpu"),
-        Architecture("sm75", "nvidia", bf16=False),
-        Architecture("sm80", "nvidia"),
-        Architecture("sm86", "nvidia"),
-        Architecture("sm89", "nvidia"),
-        Architecture("sm90", "nvidia"),
-        Architecture("sm100", "nvidia", _MX8_4 | _NVFP4),
-        Architecture("sm103", "nvidia", _MX8_4 | _NVFP4),
-        Architecture("sm120", "nvidia", _SAME | _NVFP4),
-        Architecture("sm121", "nvidia", _SAME | _NVFP4),
-        Architecture("gfx90a", "amd"),
-        Architecture("gfx942", "amd"),
-        Architecture("gfx950", "amd", _MX8_4),
-        Architecture("gfx1100", "amd"),
-        Architecture("gfx1201", "amd"),
-        Architecture("gfx1250", "amd", _MX8_4),
-        Architecture("xpu", "intel"),
+        _row("cpu", "cpu"),
+        _row("sm75", "nvidia", bf16=False),
+        *(_row(f"sm{n}", "nvidia") for n in (80, 86, 89, 90, 100, 103, 120, 121)),
+        *(_row(f"gfx{n}", "amd") for n in ("90a", "942", "950", "1100", "1201", "1250")),
+        _row("xpu", "intel"),
     )
 }
 
@@ -72,6 +70,12 @@ def triton_version() -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """A version's three numbers, for comparison: "3.6.0+gitabc" is (3, 6, 0)."""
+    numbers = [int(part) for part in re.findall(r"\d+", version.split("+")[0])]
+    return (*numbers, 0, 0, 0)[:3]
 
 
 @dataclass(frozen=True)
@@ -104,20 +108,34 @@ class Device:
         return _probe(device)
 
     @classmethod
-    def fake(cls, arch: str, triton: str | None = "3.6.0") -> Device:
-        """A device that is not here, by architecture name ("sm90", "gfx950", "cpu" ...); ValueError lists the names."""
+    def fake(cls, arch: str, triton: str | None = "") -> Device:
+        """A device that is not here, by architecture name ("sm90", "gfx950", "cpu" ...); ValueError lists the names.
+
+        triton: its version, None for none; by default the oldest that makes all that the table claims for ``arch``.
+        """
         if arch not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(ARCHITECTURES)}")
         a = ARCHITECTURES[arch]
         kind = {"cpu": "cpu", "intel": "xpu"}.get(a.vendor, "cuda")
+        if triton == "":
+            triton = max(a.native_since, a.product_since, key=_release)
         return cls(kind, a, f"{arch} (not probed)", None if a.vendor == "cpu" else triton)
 
     def native(self, activation: str, weight: str) -> bool:
-        """Whether the matrix units multiply these two formats (names) with their block scales in hardware."""
-        return (family(activation), family(weight)) in self.arch.native
+        """Whether the matrix units multiply these two formats (names) with their block scales in hardware.
+
+        False where the Triton that is here is older than the first that emits the instruction.
+        """
+        emits = self.triton is None or _release(self.triton) >= _release(self.arch.native_since)
+        return emits and (family(activation), family(weight)) in self.arch.native
+
+    @property
+    def compiles(self) -> bool:
+        """Whether Triton is here and new enough for this architecture."""
+        return self.triton is not None and _release(self.triton) >= _release(self.arch.product_since)
 
     def native_elsewhere(self, activation: str, weight: str) -> tuple[str, ...]:
-        """The architectures that do."""
+        """The architectures that do, with a Triton that is new enough."""
         pair = (family(activation), family(weight))
         return tuple(a.name for a in ARCHITECTURES.values() if pair in a.native)
 

@@ -114,8 +114,9 @@ def make_experts(
 ) -> ExpertsBase:
     """Experts of one layer on the best backend of ``device`` (None: where the weights are), with ``.choice``.
 
-    inputs: format that the inputs of both GEMMs are quantized to; None leaves them in 16 bits; "scheme" (default) takes the
-        weights' ``input_format``, or where that is None "auto": 16 bits, unless native hardware multiplies quantized inputs.
+    inputs: format that the inputs of both GEMMs are quantized to; None leaves them in 16 bits; "auto" quantizes them where
+        native hardware multiplies quantized inputs. "scheme" (default) takes the weights' ``input_format``; where that is None
+        inputs stay in 16 bits, unless ``backend`` names a class that takes quantized ones only.
     dtype: of the x to come (default: what the weights dequantize to).
     expert_map: row of the weights for each global expert id, -1 for experts that are elsewhere.
     router_weight_on_input: x * routing weight before GEMM 1 instead of after GEMM 2; one expert a token only.
@@ -135,7 +136,8 @@ def make_experts(
     if device is not None and torch.device(device) != weights.device:
         weights = weights.to(device)
     if inputs == "scheme":
-        inputs = "auto" if weights.input_format is None else weights.input_format.name
+        unsaid = None if backend == "auto" else "auto"  # a class asked for by name brings its own inputs
+        inputs = unsaid if weights.input_format is None else weights.input_format.name
     elif inputs not in (None, "auto"):
         inputs = mk.get_format(inputs).name
     problem = Problem.of(

@@ -310,12 +310,20 @@ def _readable(t: Tensor) -> bool:
 
 
 def hardware_reason(device: mk.Device, inputs: str, weight: str) -> str | None:
-    """Why ``device`` does not multiply these two formats in hardware, and which architectures do; None where it does."""
+    """Why ``device`` does not multiply these two formats in hardware, and which architectures do; None where it does.
+
+    Also None where only Triton is too old for any kernel: ``triton_reason`` says that.
+    """
     if device.native(inputs, weight):
         return None
-    have = ", ".join(device.native_elsewhere(inputs, weight))
+    have = device.native_elsewhere(inputs, weight)
     pair = weight if inputs == weight else f"{inputs} x {weight}"
-    where = f"{have} have" if have else "no architecture in the table has"
+    if device.arch.name in have and not device.compiles:
+        return None
+    if device.arch.name in have:
+        need = device.arch.native_since
+        return f"{device} multiplies {pair} in hardware from Triton {need} on, and this is Triton {device.triton}: update it"
+    where = f"{', '.join(have)} have" if have else "no architecture in the table has"
     if device.type in ("cuda", "xpu") and device.arch.name not in mk.ARCHITECTURES:
         return (
             f"{device} is not in the table of architectures: no hardware dot_scaled is known there for {pair} ({where})"
@@ -329,8 +337,8 @@ def triton_reason(device: mk.Device, job: str) -> str | None:
         return f"{device} runs no Triton kernels, and {job}"
     if device.triton is None:
         return f"Triton is not installed, and {job}: pip install triton (GPU builds of torch bring their own)"
-    if tuple(int(p) for p in device.triton.split("+")[0].split(".")[:2]) < (3, 6):
-        return f"Triton {device.triton} is older than 3.6, and {job}"
+    if not device.compiles:
+        return f"Triton {device.triton} is older than {device.arch.product_since}, which {device} needs, and {job}"
     return None
 
 

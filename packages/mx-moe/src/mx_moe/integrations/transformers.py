@@ -105,7 +105,7 @@ class MxExperts:
         return self.mx_experts(x.contiguous(), Routing(top_k_index, top_k_weights)).view(hidden_states.shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """``model.to(device)``: experts are made again there by the same request; casts leave codes and scales alone."""
+        """``model.to(device)``: experts are made again there, with the same inputs; casts leave codes and scales alone."""
         target = fn(torch.empty(0, device=self.mx_experts.device)).device
         if target != self.mx_experts.device:
             self.mx_experts = _moved(self.mx_experts, target)
@@ -118,7 +118,7 @@ def _moved(experts: ExpertsBase, device: torch.device) -> ExpertsBase:
         experts.weights,
         experts.activation,
         device=device,
-        inputs="auto" if fmt is None else fmt.name,
+        inputs=None if fmt is None else fmt.name,
         dtype=experts.dtype,
     )
 

@@ -387,6 +387,48 @@ def test_all_pairs_to_one_expert():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("experts", [1, 512])
+def test_any_number_of_experts_and_every_dtype_out(experts, out):
+    """Odd multiples of 32 as K and N; with 512 experts most have few tokens."""
+    for tokens in (3, 700):
+        check(mk.MXFP4, (experts, 160, 96), tokens, min(8, experts), None, device="cuda", dtype=out)
+
+
+@pytest.mark.gpu
+def test_nothing_on_the_gpu():
+    w = mk.pack(mk.quantize(torch.randn(3, 32, 96, device="cuda"), mk.MXFP4))
+    x, ids = torch.empty(0, 96, device="cuda").bfloat16(), torch.empty((0, 2), dtype=torch.int32, device="cuda")
+    assert mk.grouped_gemm(x, w, mk.moe_align_block_size(ids, 16, 3), top_k=2).shape == (0, 32)
+    dropped = mk.moe_align_block_size(torch.full((100, 2), -1, dtype=torch.int32, device="cuda"), 16, 3)
+    assert mk.grouped_gemm(x.new_zeros(100, 96), w, dropped, top_k=2).shape == (200, 32)
+
+
+@pytest.mark.gpu
+def test_past_two_to_the_31():
+    """The last of 514 experts starts past 2^31 words; then the last rows of x and of the result pass 2^31 values."""
+    w = mk.quantize(torch.randn(1, 4096, 4096, device="cuda"), mk.MXFP8)
+    one, experts = mk.pack(w), 514
+    big = one.map(lambda t: t.new_empty((experts, *t.shape[1:])))
+    for name in ("data", "scale", "alpha"):
+        if getattr(big, name) is not None:
+            getattr(big, name)[-1] = getattr(one, name)[0]
+    big = replace(big, shape=torch.Size((experts, 4096, 4096)))
+    assert big.data.numel() // 4 > 2**31
+    x, ids = torch.randn(200, 4096, device="cuda").bfloat16(), torch.full((200, 1), experts - 1, device="cuda").int()
+    got = mk.grouped_gemm(x, big, mk.moe_align_block_size(ids, 64, experts), out_dtype=torch.float32)
+    want = x.double() @ mk.dequantize(w, torch.float32)[0].double().T
+    assert (got - want).norm() / want.norm() < 1e-5
+    del big, got, want
+    rows = (1 << 26) + 5
+    tall = torch.zeros(rows, 32, device="cuda", dtype=torch.bfloat16)
+    tall[-3:] = 1
+    got = mk.gemm(tall, mk.pack(mk.quantize(torch.ones(48, 32, device="cuda"), mk.MXFP4)))
+    assert got[-3:].eq(32).all()
+    assert got[:-3].count_nonzero() == 0
+
+
+@pytest.mark.gpu
 def test_split_sums_are_the_same_every_time():
     """1000 launches over 8 inputs: a partial sum from an earlier launch would show."""
     w = mk.quantize(torch.randn(8, 1024, 2880) * 0.1, mk.MXFP4).to("cuda")

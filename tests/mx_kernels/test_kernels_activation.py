@@ -63,6 +63,28 @@ def test_specials_reach_the_scales():
     assert (got.scale[2:] < 200).all()
 
 
+@pytest.mark.parametrize("f", [None, mk.MXFP8, mk.MXFP4], ids=str)
+def test_offsets_beyond_32_bits(f):
+    rows = 2**20 + 3  # 2.2e9 values
+    h = torch.empty(rows, 2 * 1056, dtype=torch.bfloat16).normal_()
+    got, want = (mk.activate(t, Activation("silu"), requantize_to=f) for t in (h, h[-1000:].clone()))
+    if f is None:
+        assert torch.equal(got[-1000:], want)
+    else:
+        assert torch.equal(got.data.view(torch.uint8)[-1000:], want.data.view(torch.uint8))
+        assert torch.equal(got.scale[-1000:], want.scale)
+
+
+def test_the_same_bits_each_time():
+    h = (torch.randn(777, 2 * 736) * 3).bfloat16()
+    for f in FORMATS.values():
+        first = mk.activate(h, Activation("silu"), requantize_to=f)
+        for _ in range(5):
+            again = mk.activate(h, Activation("silu"), requantize_to=f)
+            assert torch.equal(again.data.view(torch.uint8), first.data.view(torch.uint8))
+            assert torch.equal(again.scale.view(torch.uint8), first.scale.view(torch.uint8))
+
+
 def test_cuda_graph_compile_and_opcheck():
     a = Activation("silu")
     h = torch.randn(64, 512, dtype=torch.bfloat16)

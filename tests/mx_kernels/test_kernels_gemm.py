@@ -65,14 +65,14 @@ def routed(tokens, k, experts, spread=None):
 @pytest.mark.parametrize("w_kind", W_KINDS, ids=str)
 @pytest.mark.parametrize("x_kind", X_KINDS, ids=str)
 def test_pairs(x_kind, w_kind):
-    """K and N off the tiles (K = 224 is 7 blocks of 32), some experts idle, float32 and bf16 out."""
+    """K and N off the tiles (K = 224 is 7 blocks of 32), some experts idle, every dtype out."""
     x, w = (
         operand(torch.randn(70, 224, device="cuda"), x_kind),
         operand(torch.randn(9, 200, 224, device="cuda"), w_kind),
     )
     ids = routed(70, 2, 9, 7)
     tiles = mk.moe_align_block_size(ids, 16, 9)
-    for out in (torch.float32, torch.bfloat16):
+    for out in (torch.float32, torch.bfloat16, torch.float16):
         got = mk.grouped_gemm(x, w, tiles, top_k=2, out_dtype=out)
         assert got.dtype == out
         check(got, x, w, ids, 2)
@@ -149,6 +149,18 @@ def test_routings(tokens, k, experts, spread, block):
     w = mk.quantize(torch.randn(experts, 96, 64, device="cuda"), mk.MXFP4)
     tiles = mk.moe_align_block_size(ids, block, experts)
     assert (tiles.sorted_ids is None) == (tokens * k <= 64)
+    check(mk.grouped_gemm(x, w, tiles, top_k=k), x, w, ids, k)
+
+
+@gpu
+@pytest.mark.parametrize("experts", [1, 2, 60, 512])
+@pytest.mark.parametrize("tokens", [3, 700])
+def test_any_number_of_experts(tokens, experts):
+    """Odd multiples of 32 as K and N; with 512 experts most are idle or have few tokens."""
+    x, k = torch.randn(tokens, 96, device="cuda").bfloat16(), min(8, experts)
+    ids = routed(tokens, k, experts)
+    w = mk.quantize(torch.randn(experts, 160, 96, device="cuda"), mk.MXFP8)
+    tiles = mk.moe_align_block_size(ids, 16, experts)
     check(mk.grouped_gemm(x, w, tiles, top_k=k), x, w, ids, k)
 
 

@@ -138,11 +138,12 @@ def test_dequantize_every_code_under_every_scale_byte(f, dtype):
     assert same(kernels().dequantize(data, scale, g, f.name, dtype), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (3,), (5, 7), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("f", FORMATS.values(), ids=str)
-def test_shapes_strides_and_empty_tensors(f, shape):
+def test_shapes_strides_and_empty_tensors(f, shape, dtype):
     k = 3 * f.block
-    wide = torch.randn(*shape, k + 32, dtype=torch.bfloat16)
+    wide = torch.randn(*shape, k + 32, dtype=dtype)
     for x in (wide[..., :k], wide[..., 16 : 16 + k], wide[..., 1 : 1 + k]):
         q, want = mk.quantize(x, f), reference.quantize(x, f)
         assert torch.equal(q.data.view(torch.uint8), want.data.view(torch.uint8))

@@ -190,6 +190,20 @@ def test_rebase_rows_kernel_is_bit_exact(k, dtype):
 
 
 @pytest.mark.gpu
+def test_rebase_rows_beyond_32_bits():
+    x = torch.empty(2**20 + 3, 2080, dtype=torch.bfloat16, device="cuda").normal_()  # 2.2e9 values
+    last = x[-1000:].clone()
+    got, want = (
+        mk.rebase_rows(
+            t, mk.moe_align_block_size(torch.zeros(len(t), 1, device="cuda").int(), 16, 1, sort=True), gather=True
+        )
+        for t in (x, last)
+    )
+    assert torch.equal(got[0].view(torch.uint8)[len(x) - 1000 : len(x)], want[0].view(torch.uint8)[:1000])
+    assert torch.equal(got[1][len(x) - 1000 : len(x)], want[1][:1000])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("promote", [True, False])
 @pytest.mark.parametrize(
@@ -250,3 +264,29 @@ def test_compiles_to_fp8_wgmma(block_m, promote, gated):
     assert "C7510" not in compiled.log
     assert "C7515" not in compiled.log
     assert compiled.spills == 0
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("k", [32, 768, 2880, 14336])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_rebase_rows_compiles(aot, dtype, k):
+    """FP8 conversions by the hardware, whole rows in registers without a spill."""
+    from mx_kernels.kernels import rebased
+
+    first, rest = rebased._split(k)
+    signature = {
+        "x": f"*{dtype}",
+        "x_stride": "i32",
+        "out": "*fp8e4nv",
+        "scale": "*fp32",
+        "rows": "*i32",
+        "num_rows": "*i32",
+    }
+    signature |= {"n_pairs": "i32", "top_k": "i32"}
+    constants = {"K": k, "FIRST": first, "REST": rest, "GATHER": True}
+    warps = max(1, min(8, first // 512))
+    made = aot.compile_kernel(
+        rebased._rebase_rows_kernel, signature, constants, "sm_90", unaligned=("n_pairs", "top_k"), num_warps=warps
+    )
+    assert made.spills == 0
+    assert any("F2FP" in name and "E4M3" in name for name in made.opcodes(full=True))

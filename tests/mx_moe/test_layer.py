@@ -123,6 +123,55 @@ def test_quantized_and_cast() -> None:
     torch.testing.assert_close(compiled(x), out, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8, 300])
+@pytest.mark.parametrize("scheme", ["bf16", "mxfp8", "w8a8", "mxfp6", "mxfp4", "w4a8", "nvfp4"])
+def test_a_whole_layer_on_the_gpu(scheme: str, tokens: int) -> None:
+    """Router, experts and a shared expert: near the CPU's result, one graph for torch.compile, captured, the same bits each time.
+
+    Tolerance as in test_systems: bf16 roundings of h, of pairs and of the result, 2^-8; inputs in MXFP8 move codes of h, 6e-3.
+    """
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: (torch.randn(*shape, generator=g) * shape[-1] ** -0.5).bfloat16()  # noqa: E731
+    w13, w2, gate, shared = draw(E, 2 * I, H), draw(E, H, I), torch.randn(E, H, generator=g), draw(H, H)
+    weights = mq.ExpertWeights(w13, w2) if scheme == "bf16" else mq.quantize_experts(w13, w2, scheme)
+    x = torch.randn(tokens, H, generator=g).bfloat16()
+
+    def build(device: str) -> MoE:
+        linear = nn.Linear(H, H, bias=False, dtype=torch.bfloat16)
+        linear.weight = nn.Parameter(shared.clone(), requires_grad=False)
+        experts = make_experts(weights, SILU, device=device)
+        return MoE(gate.to(device), Router(2, renormalize=True), experts, shared=linear.to(device))
+
+    moe, there = build("cuda"), x.cuda()
+    inputs = moe.experts.inputs.format
+    assert (inputs is None) == (scheme not in ("w8a8", "w4a8"))
+    native = inputs is not None and mk.Device.probe("cuda").native(inputs.name, weights.w13.format.name)
+    assert moe.experts.choice.name == ("native" if native else "fused")
+    with torch.no_grad():
+        got, want = moe(there), build("cpu")(x)
+        assert float((got.cpu() - want).norm() / want.norm()) <= (
+            2**-7 if inputs is None else 1.2e-2
+        )  # both sides round
+        for _ in range(3):
+            assert torch.equal(moe(there), got)
+        torch._dynamo.reset()
+        compiled = torch.compile(moe, fullgraph=True)(there)
+        assert (
+            float((compiled - got).norm() / got.norm()) <= 2**-8
+        )  # torch's own operations are fused, and rounded, differently
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            moe(there)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = moe(there)
+        there.copy_(torch.randn(tokens, H, generator=g))
+        graph.replay()
+        assert torch.equal(out, moe(there))
+
+
 def test_checks() -> None:
     weights = mq.ExpertWeights(torch.zeros(E, 2 * I, H), torch.zeros(E, H, I))
     experts = make_experts(weights, SILU)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 
-from mx_kernels import FORMATS, MXFP4, MXFP6_E2M3, MXFP8, NVFP4, Format, ScaleRule, get_format
+from mx_kernels import FORMATS, MXFP4, MXFP6_E2M3, MXFP8, NVFP4, Format, ScaleRule, get_format, quantize
 from mx_kernels.formats import E2M1, E2M3, E3M2, E4M3, E5M2
 
 formats = pytest.mark.parametrize("f", FORMATS.values(), ids=str)
@@ -95,3 +97,15 @@ def test_a_format_is_a_value():
     assert same != NVFP4
     with pytest.raises(AttributeError):
         same.block = 16
+
+
+@formats
+def test_a_copy_of_a_row_is_the_row(f):
+    """Tensors and modules are copied and pickled, and code compares formats and elements by identity."""
+    assert copy.copy(f) is copy.deepcopy(f) is pickle.loads(pickle.dumps(f)) is f
+    q = quantize(torch.randn(2, 64), f)
+    other = copy.deepcopy(q)
+    assert other.format is f
+    assert torch.equal(other.data.view(torch.uint8), q.data.view(torch.uint8))
+    own = Format("own", f.element, 64, f.scale, f.rules)  # of no table: a copy is equal
+    assert pickle.loads(pickle.dumps(own)) == copy.deepcopy(own) == own

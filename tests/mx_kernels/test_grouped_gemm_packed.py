@@ -106,6 +106,9 @@ def test_linear_and_requantized():
     x = torch.randn(2, 5, 96).bfloat16()
     p = mk.pack(w)
     assert torch.equal(mk.gemm(x, p), mk.gemm(x, w))
+    for act in (None, mk.Activation("gelu", gated=False)):
+        epilogue = mk.Epilogue(torch.randn(64).bfloat16(), act, torch.rand(2, 5))
+        assert torch.equal(mk.gemm(x, p, epilogue=epilogue), mk.gemm(x, w, epilogue=epilogue))
     q = mk.quantize(x, mk.MXFP8)
     assert torch.equal(mk.gemm(q, p, out_dtype=torch.float32), mk.gemm(q, w, out_dtype=torch.float32))
     to8 = mk.Epilogue(requantize_to=mk.MXFP8)

@@ -25,6 +25,11 @@ def registered() -> set[str]:
     return {n.partition("::")[2] for n in names if n.startswith("mx_kernels::")}
 
 
+def rebasing(device) -> bool:
+    """Whether re-based products run there."""
+    return mk.Device.probe(device).arch.name in ("cpu", "sm90")
+
+
 @functools.cache
 def cases(device: str = "cpu") -> dict[str, tuple]:
     """Op name -> arguments on a device."""
@@ -78,10 +83,6 @@ devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=p
 
 def test_every_op_has_a_case():
     assert registered() == set(CASES)
-
-
-def rebasing(device) -> bool:
-    return mk.Device.probe(device).arch.name in ("cpu", "sm90")
 
 
 def arguments(name, device):

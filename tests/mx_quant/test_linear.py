@@ -11,6 +11,7 @@ from torch import nn
 
 import mx_kernels as mk
 import mx_quant as mq
+from mx_quant import storage
 
 FORMATS = list(mk.FORMATS.values())
 
@@ -231,6 +232,79 @@ def test_bad_inputs():
     ):
         with pytest.raises(error, match=match):
             layer(x)
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8", "w6a16", "w4a16", "nvfp4_w4a16"])
+def test_packed_is_the_same_layer(scheme):
+    """The same values; what is saved, loaded, moved and repeated is canonical, bit for bit."""
+    plain, layer = (mq.MxLinear.from_linear(source(), scheme) for _ in range(2))
+    other = mq.MxLinear.from_linear(source(), scheme)
+    layer.load_state_dict(plain.state_dict())
+    x, before = torch.randn(5, 64).bfloat16(), list(layer.state_dict())
+    assert layer.pack_() is layer
+    packed = layer._packed
+    assert layer.pack_()._packed is packed
+    assert layer.weight.is_meta
+    assert repr(layer).endswith("packed)")
+    assert torch.equal(layer(x), plain(x))
+    assert same(layer.quantized, plain.quantized)
+    state = layer.state_dict()
+    assert list(state) == before
+    assert all(torch.equal(storage.as_bytes(t), storage.as_bytes(plain.state_dict()[n])) for n, t in state.items())
+    assert torch.equal(layer.dequantize().weight, plain.dequantize().weight)
+    copied = copy.deepcopy(layer).half()
+    assert copied._packed is not None
+    assert torch.equal(copied(x.half()), plain(x.half()))
+    layer.load_state_dict(other.state_dict())
+    assert layer._packed is not None
+    assert torch.equal(layer(x), other(x))
+    where = layer._packed.data.data_ptr()
+    layer.update_weights(plain.quantized, plain.bias)
+    assert layer._packed.data.data_ptr() == where
+    assert torch.equal(layer(x), plain(x))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), plain(x))
+    assert layer.unpack_()._packed is None
+    assert same(layer.quantized, plain.quantized)
+    assert layer.weight.data_ptr() == layer.quantized.data.data_ptr()
+    meta = layer.pack_().to("meta")
+    assert meta._packed is None
+    assert meta.weight.is_meta
+
+
+def test_packing_refuses_what_was_never_loaded_and_other_scales():
+    with pytest.raises(ValueError, match="NaN"):
+        mq.MxLinear(64, 16, scheme="w4a16").pack_()
+    layer = mq.MxLinear.from_linear(source(), "w8a16").pack_()
+    small = nn.Linear(64, layer.out_features, dtype=torch.bfloat16)
+    small.weight.data = torch.randn_like(small.weight) * 2.0**100
+    old = layer._packed.data.clone()
+    with pytest.raises(ValueError, match="need a shift"):
+        layer.update_weights(small.weight.detach())
+    assert torch.equal(layer._packed.data, old)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", mq.SCHEMES)
+def test_packed_on_the_gpu(scheme):
+    """Against the canonical kernel: both sum in float32 in an order of their own and round once, 2^-8."""
+    plain, layer = (mq.MxLinear.from_linear(source().cuda(), scheme) for _ in range(2))
+    layer.load_state_dict(plain.state_dict())
+    layer.pack_()
+    for tokens in (0, 1, 5, 300):
+        x = torch.randn(tokens, 64, device="cuda").bfloat16()
+        got, want = layer(x).double(), plain(x).double()
+        assert (got - want).norm() <= 2**-8 * want.norm()
+    assert same(layer.quantized, plain.quantized)
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    new = source().cuda()
+    layer.update_weights(new.weight.detach(), new.bias.detach())
+    graph.replay()
+    assert torch.equal(y, mq.MxLinear.from_linear(new, scheme).pack_()(x))
+    assert layer.cpu()._packed is None
 
 
 @pytest.mark.gpu

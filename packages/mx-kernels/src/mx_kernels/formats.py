@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -87,6 +88,11 @@ class Format:
     scale: str
     rules: tuple[ScaleRule, ...]
     has_global_scale: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a row of the table are that row, which code compares by identity."""
+        known = FORMATS.get(self.name) is self
+        return (get_format, (self.name,)) if known else super().__reduce__()
 
     @property
     def default_rule(self) -> ScaleRule:

@@ -67,6 +67,7 @@ def _grouped_gemm_packed(
     if expert_ids is None or num_padded is None:
         expert_ids = torch.zeros(num_pairs, dtype=torch.int32, device=x.device)
         sorted_ids, num_padded = None, expert_ids[:0]
+        bias = None if bias is None else bias.unsqueeze(0)  # [N], of the one weight
     ids = expert_ids.new_empty((num_pairs // top_k, top_k))  # only its size counts here
     out = reference.grouped_gemm(
         x,

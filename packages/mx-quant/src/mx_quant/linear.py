@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import mx_kernels as mk
-from mx_kernels import Format, QuantizedTensor, ScaleRule
+from mx_kernels import Format, PackedWeight, QuantizedTensor, ScaleRule
 
 from . import storage
 from .checks import check_dtype, check_loaded, check_matrix, quantize_finite
@@ -24,7 +24,7 @@ from .scheme import Scheme, get_scheme
 
 def linear(
     x: Tensor,
-    weight: QuantizedTensor,
+    weight: QuantizedTensor | PackedWeight,
     bias: Tensor | None = None,
     *,
     scheme: Scheme,
@@ -45,7 +45,8 @@ class MxLinear(nn.Module):
 
     Made by ``from_linear`` or ``from_quantized``; made by its constructor it waits for ``load_state_dict``: its scales
     are NaN until then. ``dtype`` is what the weight dequantizes to. ``.to(dtype)`` and ``.half()`` leave codes and scales as they
-    are. ``input_scale`` (float32 [] buffer or None) is the calibrated global scale of NVFP4 activations.
+    are. ``input_scale`` (float32 [] buffer or None) is the calibrated global scale of NVFP4 activations. ``pack_`` puts the
+    weight in the order that GPU kernels stream; what is saved and loaded stays the same.
     """
 
     bias: nn.Parameter | None
@@ -53,6 +54,7 @@ class MxLinear(nn.Module):
     weight_scale: Tensor
     weight_global_scale: Tensor | None
     input_scale: Tensor | None
+    _packed: PackedWeight | None = None
 
     def __init__(
         self,
@@ -127,7 +129,9 @@ class MxLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight [N, K], sharing this module's memory."""
+        """The weight [N, K], sharing this module's memory; a copy where it is packed."""
+        if self._packed is not None:
+            return _canonical(self._packed)
         q = self._quantized
         if (
             q.data is not self.weight
@@ -140,7 +144,31 @@ class MxLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., K] -> [..., N] of x's dtype."""
-        return linear(x, self.quantized, self.bias, scheme=self.scheme, input_scale=self.input_scale)
+        weight = self.quantized if self._packed is None else self._packed
+        return linear(x, weight, self.bias, scheme=self.scheme, input_scale=self.input_scale)
+
+    def pack_(self) -> MxLinear:
+        """Hold the weight as ``mx_kernels.pack`` orders it, for GPUs that upcast it in registers; values stay the same.
+
+        Its buffers are on meta then. ``quantized``, ``state_dict`` and ``dequantize`` unpack, exactly; loading packs again, into
+        new memory (``update_weights`` keeps it). On another kind of device the layer is canonical again. Reads values: not for
+        a forward. Raises ValueError for scales that are NaN, as those of a layer that was never loaded.
+        """
+        if self._packed is None:
+            self._packed = mk.pack(self.quantized)
+            self._hold(self.quantized.to("meta"))
+        return self
+
+    def unpack_(self) -> MxLinear:
+        """Hold the weight in canonical order again."""
+        if self._packed is not None:
+            self._hold(_canonical(self._packed))
+            self._packed = None
+        return self
+
+    def _hold(self, q: QuantizedTensor) -> None:
+        self._buffers.update({"weight" + suffix: t for suffix, t in storage.parts(q).items()})
+        self._quantized = q
 
     def update_weights(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> None:
         """Write new weights [N, K] (full precision: quantized first) into the memory the old ones have, for captured graphs.
@@ -148,7 +176,10 @@ class MxLinear(nn.Module):
         Everything is checked before anything is written: ValueError for shapes, formats and values, TypeError for dtypes.
         """
         new_bias = _updated_bias(self.bias, bias, self.out_features)
-        storage.fill(self.quantized, _new_weight(weight, self.quantized))
+        if self._packed is None:
+            storage.fill(self.quantized, _new_weight(weight, self.quantized))
+        else:
+            _fill_packed(self._packed, mk.pack(_new_weight(weight, self._quantized)))
         if new_bias is not None and self.bias is not None:
             self.bias.data.copy_(new_bias)
 
@@ -166,10 +197,12 @@ class MxLinear(nn.Module):
         """Sizes, scheme and scale rule."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme}, rule={self.quantized.rule}"
+            f"scheme={self.scheme}, rule={self._quantized.rule}" + (", packed" if self._packed is not None else "")
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MxLinear:
+        packed_on = None if self._packed is None else self._packed.device.type
+        self.unpack_()
         names = [n for n, t in self._buffers.items() if t is not None]
         held = {n: self._buffers[n] for n in names}
         moved = {n: storage.apply_to_bytes(fn, t) for n, t in held.items() if t is not None}
@@ -179,7 +212,12 @@ class MxLinear(nn.Module):
         finally:
             self._buffers.update(held)
         self._buffers.update(moved)
-        return self
+        return self.pack_() if self.weight.device.type == packed_on else self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed is not None:
+            destination.update({f"{prefix}weight{s}": t for s, t in storage.parts(self.quantized).items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
@@ -191,7 +229,29 @@ class MxLinear(nn.Module):
                     f"numbers; use update_weights for a weight in full precision"
                 )
                 return
+        packed = self._packed is not None
+        self.unpack_()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if packed:
+            self.pack_()
+
+
+def _canonical(packed: PackedWeight) -> QuantizedTensor:
+    q = packed.unpack()
+    assert isinstance(q, QuantizedTensor)
+    return q
+
+
+def _fill_packed(target: PackedWeight, source: PackedWeight) -> None:
+    """Copy into the memory that captured graphs read; ValueError, before anything is written, where ``source`` has other tensors."""
+    pairs = [(getattr(target, n), getattr(source, n)) for n in ("data", "scale", "alpha", "shift", "global_scale")]
+    if any((old is None) != (new is None) for old, new in pairs):
+        raise ValueError(
+            "the new weight's scales need a shift, or need none, unlike the old ones': unpack_() and pack_() the layer"
+        )
+    for old, new in pairs:
+        if old is not None:
+            old.copy_(new)
 
 
 class LinearMethod(Protocol):

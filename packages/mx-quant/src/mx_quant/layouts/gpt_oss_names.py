@@ -46,6 +46,13 @@ _SHARED = (
     "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "swiglu_limit", "head_dim", "num_attention_heads",
     "num_key_value_heads", "sliding_window", "rope_theta",
 )  # fmt: skip
+_ROPE = (
+    ("factor", "rope_scaling_factor"),
+    ("beta_fast", "rope_ntk_beta"),
+    ("beta_slow", "rope_ntk_alpha"),
+    ("original_max_position_embeddings", "initial_context_length"),
+    ("rope_theta", "rope_theta"),
+)
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,7 @@ def rename_config(config: Mapping[str, Any], *, original: bool) -> dict[str, Any
     found |= {pair[b]: config[pair[a]] for pair in _FIELDS if pair[a] in config}
     if original:
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        names = (("factor", "rope_scaling_factor"), ("beta_fast", "rope_ntk_beta"), ("beta_slow", "rope_ntk_alpha"))
-        names += (("original_max_position_embeddings", "initial_context_length"), ("rope_theta", "rope_theta"))
-        return found | {new: rope[old] for old, new in names if old in rope}
+        return found | {new: rope[old] for old, new in _ROPE if old in rope}
     found |= {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "dtype": "bfloat16"}
     found |= {"tie_word_embeddings": False, "attention_bias": True}
     factor, context = config.get("rope_scaling_factor"), config.get("initial_context_length")

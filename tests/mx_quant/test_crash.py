@@ -131,15 +131,20 @@ def test_killed_again_and_again(checkpoints, children, case, tmp_path):
 
 
 def test_killed_at_random_times_with_threads(checkpoints, children, case, tmp_path):
+    """At least sixty kills, each output resumed until it is through."""
     src, good, _ = case
     rng = random.Random(0)
     options = {**OPTIONS, "jobs": 3, "resume": True}
-    for i in range(25):
-        out = tmp_path / f"out{i}"
+    kills = outputs = 0
+    while kills < 60:
+        out = tmp_path / f"out{outputs}"
         longest = 0.08
         while children(src, out, options=options, timer=rng.uniform(0.001, longest))["signal"]:
+            kills += 1
             longest *= 1.5  # a busy machine may need longer to get anywhere
         assert checkpoints.contents(out) == good
+        outputs += 1
+    assert outputs > 5
     assert hidden(tmp_path) == []
 
 

@@ -6,11 +6,15 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import mx_kernels as mk
 import mx_quant as mq
-from mx_quant.layouts import LAYOUTS, WeightRef
+from mx_quant.layouts import FAMILIES, LAYOUTS, TensorInfo, WeightRef
+from mx_quant.layouts.gpt_oss_names import rename, rename_config
+from mx_quant.plan import expert_holes
 
 E, H, I = 2, 64, 32
 
@@ -200,6 +204,8 @@ def test_transformers_reads_what_was_under_openai_names(published, tmp_path):
             r"block\.0\.extra\.weight has no counterpart",
         ),
         (lambda t, c: c.pop("head_dim"), r"head_dim is None, needs a positive integer"),
+        (lambda t, c: c.update(rope_scaling_factor="x"), r"rope_scaling_factor is 'x', needs a positive number"),
+        (lambda t, c: c.update(initial_context_length=1e400), r"initial_context_length is 'inf', needs"),
         (lambda t, c: c.update(head_dim=8), r"has 128 rows, but config\.json's heads make 64"),
     ],
 )
@@ -214,7 +220,7 @@ def test_what_cannot_be_renamed(published, tmp_path, change, message):
     )
     change(tensors, config)
     save_file(tensors, bad / "model.safetensors")
-    (bad / "config.json").write_text(json.dumps(config))
+    (bad / "config.json").write_text(json.dumps(config).replace("Infinity", "1e400"))
     with pytest.raises(ValueError, match=message):
         mq.convert_checkpoint(bad, tmp_path / "out", "gpt-oss")
     assert not (tmp_path / "out").exists()
@@ -230,3 +236,33 @@ def test_q_without_k_cannot_be_joined(published, tmp_path):
     (bad / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"k_proj\.bias is not: OpenAI's names need q, k and v"):
         mq.convert_checkpoint(bad, tmp_path / "out", "gpt-oss-original")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["num_experts", "num_local_experts", "text_config", "head_dim", "num_attention_heads", "rope_scaling",
+                         "rope_parameters", "rope_scaling_factor", "initial_context_length", "rope_ntk_beta"]),
+        st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3), lambda x: st.lists(x, max_size=2)
+                     | st.dictionaries(st.sampled_from(["factor", "beta_fast", "num_experts", "rope_theta"]), x, max_size=2), max_leaves=4),
+    ),
+    st.booleans(),
+)  # fmt: skip
+def test_any_configuration_is_renamed_or_refused(config, original):
+    infos = {
+        n: TensorInfo(torch.bfloat16, (4, 2))
+        for n in ("block.0.attn.qkv.weight", "model.layers.0.self_attn.q_proj.weight")
+    }
+    names = ["model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.mlp.gate.weight"]
+    for call in (
+        lambda: rename_config(config, original=original),
+        lambda: rename(config, infos, original=original),
+        lambda: expert_holes(names, FAMILIES["qwen3-moe"], config, allow=("*.7.*",)),
+    ):
+        try:
+            json.dumps(call(), default=str)
+        except ValueError as e:
+            error = str(e)
+        else:
+            continue
+        assert any(said in error for said in ("config.json", "counterpart", "together")), error

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -230,6 +231,21 @@ def test_resume_of_a_complete_output(checkpoints, tmp_path):
     assert checkpoints.contents(tmp_path / "out") == before
     with pytest.raises(ValueError, match="not empty"):
         quantize_checkpoint(src, tmp_path / "out", "mxfp8", layout="mxfp8", rule="even", resume=True)
+
+
+def test_the_disk_is_asked_for_what_comes(checkpoints, tmp_path, monkeypatch):
+    """With every read, for as many bytes further on: all of the source but its beginning has been asked for by then."""
+    src = checkpoints.save(tmp_path / "src", checkpoints.moe_tensors())
+    asked = []
+    monkeypatch.setattr(ShardReader, "read_ahead", lambda self, info, at, n: asked.append((info.start + at, n)))
+    monkeypatch.setattr("mx_quant.engine._AHEAD", 50_000)
+    monkeypatch.setattr(offline, "_SMALLEST", 1)
+    monkeypatch.setattr(offline, "_BUNDLE", 20_000)
+    quantize_checkpoint(src, tmp_path / "out", "mxfp8", layout="mxfp8", jobs=1)
+    asked.sort()
+    assert asked[0][0] < 120_000
+    assert all(b[0] <= a[0] + a[1] + 60_000 for a, b in pairwise(asked))
+    assert asked[-1][0] > (src / "model.safetensors").stat().st_size
 
 
 def test_progress(checkpoints, tmp_path):

@@ -24,6 +24,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes of the source done, bytes in all)."""
 
 _SCAN = 4 << 20  # bytes of a large tensor looked at together
+_AHEAD = 32 << 20  # how far behind what is read now the disk is asked for what comes: some bundles of every thread
 # Bits of infinity; magnitudes order like their bits, so whatever is not finite is at least this.
 _INFINITY = {
     torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
@@ -226,6 +227,7 @@ class Quantizer:
                 views[place] = buffer[at : at + nbytes]
         if pending is not None:
             first, offset, at, length = pending
+            self._reader.read_ahead(first, offset + length + _AHEAD, length)
             self._reader.read_bytes(first, offset, buffer[at : at + length])
         return views
 

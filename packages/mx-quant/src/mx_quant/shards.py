@@ -388,6 +388,11 @@ class ShardReader:
         """
         _pread(self._fds[info.file], bytes_of(out), info.start + offset, info.file)
 
+    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        """Have the system read these bytes from the disk, if they are not in memory, while we do something else."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fds[info.file], info.start + offset, nbytes, os.POSIX_FADV_WILLNEED)
+
     def get(self, name: str, expert: int | None = None) -> Tensor:
         """All of a tensor, or entry ``expert`` of its first dimension alone: what layouts read through."""
         return self.read(name) if expert is None else self.read(name, slice(expert, expert + 1))[0]

@@ -46,6 +46,13 @@ _SHARED = (
     "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "swiglu_limit", "head_dim", "num_attention_heads",
     "num_key_value_heads", "sliding_window", "rope_theta",
 )  # fmt: skip
+_ROPE = (
+    ("factor", "rope_scaling_factor"),
+    ("beta_fast", "rope_ntk_beta"),
+    ("beta_slow", "rope_ntk_alpha"),
+    ("original_max_position_embeddings", "initial_context_length"),
+    ("rope_theta", "rope_theta"),
+)
 
 
 @dataclass(frozen=True)
@@ -123,26 +130,30 @@ def _qkv_rows(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def rename_config(config: Mapping[str, Any], *, original: bool) -> dict[str, Any]:
-    """config.json as OpenAI writes it (``original``) or as transformers reads it; what both know is kept, the rest is left out."""
+    """config.json as OpenAI writes it (``original``) or as transformers reads it; what both know is kept, the rest is left out.
+
+    ValueError for a field about rotary embeddings that is no positive number.
+    """
     found = {f: config[f] for f in _SHARED if f in config}
     a, b = (1, 0) if original else (0, 1)
     found |= {pair[b]: config[pair[a]] for pair in _FIELDS if pair[a] in config}
     if original:
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        names = (("factor", "rope_scaling_factor"), ("beta_fast", "rope_ntk_beta"), ("beta_slow", "rope_ntk_alpha"))
-        names += (("original_max_position_embeddings", "initial_context_length"), ("rope_theta", "rope_theta"))
-        return found | {new: rope[old] for old, new in names if old in rope}
+        for part in ("rope_scaling", "rope_parameters"):
+            rope = config.get(part)
+            if isinstance(rope, Mapping):
+                found |= {new: _positive(f"{part}.{old}", rope[old]) for old, new in _ROPE if old in rope}
+        return found
     found |= {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "dtype": "bfloat16"}
     found |= {"tie_word_embeddings": False, "attention_bias": True}
-    factor, context = config.get("rope_scaling_factor"), config.get("initial_context_length")
-    if factor is not None and context is not None:
-        found["max_position_embeddings"] = int(factor * context)
-        found["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": float(factor),
-            "beta_fast": float(config.get("rope_ntk_beta", 32.0)),
-            "beta_slow": float(config.get("rope_ntk_alpha", 1.0)),
-            "truncate": False,
-            "original_max_position_embeddings": context,
-        }
+    if "rope_scaling_factor" in config and "initial_context_length" in config:
+        defaults = {"rope_ntk_beta": 32.0, "rope_ntk_alpha": 1.0}
+        rope = {old: _positive(new, {**defaults, **config}[new]) for old, new in _ROPE[:4]}
+        found["max_position_embeddings"] = int(rope["factor"] * rope["original_max_position_embeddings"])
+        found["rope_scaling"] = {"rope_type": "yarn", "truncate": False, **rope}
     return found
+
+
+def _positive(field: str, value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
+        raise ValueError(f"config.json: {field} is {str(value)[:80]!r}, needs a positive number")
+    return value

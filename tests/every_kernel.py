@@ -110,6 +110,13 @@ def packed() -> None:
             if fmt is mk.MXFP4:
                 at_once(mk.PackedLayer(w13, w2, SWIGLU_OAI), x, ids)
     finite(mk.gemm(normal(33, HIDDEN), mk.pack(mk.quantize(normal(40, HIDDEN), mk.NVFP4))))
+    finite(
+        mk.gemm(
+            normal(33, HIDDEN),
+            mk.pack(mk.quantize(normal(64, HIDDEN), mk.MXFP8)),
+            epilogue=mk.Epilogue(round_to=mk.MXFP4),
+        )
+    )
 
 
 def at_once(layer: mk.PackedLayer, x: torch.Tensor, ids: torch.Tensor) -> None:

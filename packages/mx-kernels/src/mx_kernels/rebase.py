@@ -9,6 +9,7 @@ the matrix unit: Hopper's FP8 sums keep fewer bits than float32; ``promote=True`
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .alignment import Alignment
 from .dispatch import (
+    bytes_of,
     check_device,
     check_float,
     check_float32,
@@ -28,7 +30,7 @@ from .dispatch import (
     whole_activation,
 )
 from .epilogue import Epilogue
-from .formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, Format
+from .formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, Element, Format
 from .reference import rebase as reference
 from .reference.elements import decode, unpack_codes
 from .tensor import QuantizedTensor
@@ -96,25 +98,41 @@ def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
     )
 
 
+_DEEPEST = 63  # octaves under a row's largest scale from which on every code becomes zero
+
+
+@functools.cache
+def _tables(element: Element, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What becomes of code c under a scale d octaves below its row's largest, at d * codes + c: its E4M3 code (uint8), and float32
+    [.., 4]: 1 if its value changes, 1 unless it is zero, and the squares of the change and of the value (over the row's scale)."""
+    lift = reference.octaves_of_room(element)
+    codes = torch.arange(1 << element.bits, dtype=torch.uint8)
+    row = torch.cat((codes, codes.new_zeros(-codes.numel() % 32 + 32))).expand(_DEEPEST + 1, -1)
+    scale = (127 - torch.arange(_DEEPEST + 1))[:, None].repeat(1, row.shape[1] // 32)
+    scale[:, -1] = 127  # the row's largest
+    new = reference.rebased(row, scale.to(torch.uint8), element)[0][:, : codes.numel()].contiguous()
+    now = decode(new, MXFP8.element)
+    want = decode(codes, element) * torch.ldexp(torch.ones(_DEEPEST + 1), lift - torch.arange(_DEEPEST + 1))[:, None]
+    facts = torch.stack(((now != want).float(), (want != 0).float(), (now - want).square(), want.square()), -1)
+    return new.flatten().to(device), facts.flatten(0, 1).to(device)
+
+
 def _rebase(w: QuantizedTensor, lift: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [E, N, K], scales [E, N], and float64 [4]: numbers of changed and of non-zero weights, squares of changes and weights."""
     data = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    scale = torch.empty(w.shape[:2], dtype=torch.float32, device=w.device)
+    top = w.scale.amax(-1)
+    row = reference.scale_to_float(top) * 2.0**-lift
     sums = torch.zeros(4, dtype=torch.float64, device=w.device)
+    table, facts = _tables(w.format.element, w.device)
     for e in range(w.shape[0]):
-        codes = unpack_codes(w.data[e], w.format)
-        data[e], scale[e] = reference.rebased(codes, w.scale[e], w.format.element)
-        now = decode(data[e], MXFP8.element)
-        down = w.scale[e].int() - w.scale[e].amax(-1, keepdim=True).int() + lift
-        # At least 2^-126: weights below that still count as weights.
-        factor = ((down + 127).clamp(min=1) << 23).view(torch.float32)
-        want = decode(codes, w.format.element) * factor.repeat_interleave(32, -1)
-        row = scale[e].double()[:, None]
-        sums += torch.stack([
-            (now != want).sum().double(), (want != 0).sum().double(),
-            (((now - want).double() * row) ** 2).sum(), ((want.double() * row) ** 2).sum(),
-        ])  # fmt: skip
-    return data, scale, sums
+        codes = unpack_codes(bytes_of(w.data[e]), w.format)
+        down = (top[e][:, None].int() - w.scale[e].int()).clamp(max=_DEEPEST) << w.format.element.bits
+        index = (down[..., None] + codes.unflatten(-1, (-1, 32))).flatten(-2)
+        data[e] = table[index]
+        of_rows = facts[index].sum(-2).double()
+        of_rows[:, 2:] *= row[e].double().square()[:, None]
+        sums += of_rows.sum(0)
+    return data, row, sums
 
 
 @torch.library.custom_op("mx_kernels::rebase_rows", mutates_args=())

@@ -41,6 +41,16 @@ def test_each_kernel_has_a_part(script):
     assert len(listed) == len(there), "a kernel is listed twice"
 
 
+@pytest.mark.skipif(not SOURCES, reason="needs the source tree")
+def test_each_kernel_is_compiled_ahead_of_time():
+    """Some file of compile tests names it, or compiles all that its module plans to launch."""
+    texts = [path.read_text() for path in (ROOT / "tests" / "mx_kernels").glob("*.py")]
+    compiling = "".join(text for text in texts if "compile_kernel(" in text)
+    for path in SOURCES:
+        for name in launched(path):
+            assert f".{name}" in compiling or f"{path.stem}.plan" in compiling, f"no compile test for {name}"
+
+
 def test_a_part_that_is_not_there():
     done = subprocess.run([sys.executable, SCRIPT, "everything"], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -165,6 +165,7 @@ def test_every_target(aot, native, launched, target, name):
     )
     assert want in made.asm or (target == "sm_100" and "mma.sync" in made.asm)
     assert not re.search(r"block_scale|v_(mfma|wmma)_scale", made.asm)
+    assert made.spills == 0
 
 
 def test_plain_weights_on_hopper(aot, launched):

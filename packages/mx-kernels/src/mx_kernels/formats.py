@@ -89,7 +89,7 @@ class Format:
     rules: tuple[ScaleRule, ...]
     has_global_scale: bool = False
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> str | tuple[Any, ...]:
         """Copies and pickles of a row of the table are that row, which code compares by identity."""
         known = FORMATS.get(self.name) is self
         return (get_format, (self.name,)) if known else super().__reduce__()

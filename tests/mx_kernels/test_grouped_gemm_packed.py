@@ -399,6 +399,15 @@ def test_any_number_of_experts_and_every_dtype_out(experts, out):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(2048, 768), (4096, 256), (288, 1056)])
+def test_sizes_of_models(n, k):
+    """768 and 256 as slices of an intermediate size, odd multiples of 32; 2880 is in the problems above."""
+    for f in (mk.MXFP4, mk.MXFP8, mk.NVFP4):
+        for tokens in (2, 90, 1500):
+            check(f, (3, n, k), tokens, 2, SILU, device="cuda")
+
+
+@pytest.mark.gpu
 def test_nothing_on_the_gpu():
     w = mk.pack(mk.quantize(torch.randn(3, 32, 96, device="cuda"), mk.MXFP4))
     x, ids = torch.empty(0, 96, device="cuda").bfloat16(), torch.empty((0, 2), dtype=torch.int32, device="cuda")

@@ -133,18 +133,23 @@ class _Work:
         self.rounding = reference.scale_rounding(f.element, rule) if f.scale == "e8m0" else 0
         self.saturates = rule not in (ScaleRule.CEIL, ScaleRule.RCEIL)
         self.buffers: dict[tuple[int, type[_Values]], _Values] = {}
+        self.maxima: dict[tuple[int, torch.dtype], _Maxima] = {}
         if f.scale == "e4m3":
             # Code 0 is a block of zeros: an infinite step makes its reciprocal 0.
             self.steps = torch.tensor([torch.inf, *reference.code_values(E4M3)[1:]])
 
     def quantize(self, x: Tensor, g: Tensor | None, out: Tensor, scale: Tensor) -> bool:
         """x [R, B] -> out uint8 [R, W], scale uint8 [R, 1]; False, and nothing of worth in them, where x is not finite."""
-        parts = x.split(self.step)
         amax = torch.empty((len(x), 1), dtype=torch.int32)
-        for part, into in zip(parts, amax.split(self.step), strict=True):
-            b = self._buffers(len(part), _Values)
-            b.v.copy_(part).abs_()
-            torch.amax(b.bits, 1, keepdim=True, out=into)
+        two_bytes = self.f.block == 16 and x.dtype in (torch.bfloat16, torch.float16)
+        step = CHUNK // 16 if two_bytes else self.step
+        for part, into in zip(x.split(step), amax.split(step), strict=True):
+            if two_bytes:
+                self._maxima(len(part), x.dtype).of(part, into)
+            else:
+                b = self._buffers(len(part), _Values)
+                b.v.copy_(part).abs_()
+                torch.amax(b.bits, 1, keepdim=True, out=into)
         top = int(amax.max()) if len(x) else 0
         if top >= reference.INF_BITS:
             return False
@@ -152,7 +157,7 @@ class _Work:
         if self.f.element == E2M1:
             kind = _Halves if g is None and x.dtype == torch.bfloat16 and top < _HALF_LIMIT else _Sums
         reciprocal = self._e8m0(amax, scale, kind.shift) if g is None else self._e4m3(amax, g, scale)
-        for part, r, into in zip(parts, reciprocal.split(self.step), out.split(self.step), strict=True):
+        for part, r, into in zip(*(t.split(self.step) for t in (x, reciprocal, out)), strict=True):
             b = self._buffers(len(part), kind)
             b.v.copy_(part).mul_(r)
             b.encode(into, self.f, self.saturates)
@@ -163,6 +168,11 @@ class _Work:
             v = None if kind is _Values else self._buffers(blocks, _Values).v
             self.buffers[blocks, kind] = kind(torch.empty((blocks, self.f.block)) if v is None else v)
         return self.buffers[blocks, kind]
+
+    def _maxima(self, blocks: int, dtype: torch.dtype) -> _Maxima:
+        if (blocks, dtype) not in self.maxima:
+            self.maxima[blocks, dtype] = _Maxima(blocks, dtype)
+        return self.maxima[blocks, dtype]
 
     def _e8m0(self, amax: Tensor, scale: Tensor, shift: int) -> Tensor:
         """The scale bytes of finite amax bits [R, 1], and 2^(127 - byte - shift)."""
@@ -177,6 +187,30 @@ class _Work:
         scale.copy_(code)
         step = self.steps.index_select(0, code.view(-1).to(torch.int32)).view(-1, 1)
         return step.mul_(g).reciprocal_()
+
+
+class _Maxima:
+    """The largest magnitudes of blocks of 16 two-byte floats, by their bits.
+
+    Each value gives way to the larger of itself and the one 8 further on, then 4, 2 and 1: the first of a block is its largest then.
+    Whole vectors are compared so, where torch.amax goes through rows of 16 one by one (0.46 for 0.17 ns a value).
+    """
+
+    def __init__(self, blocks: int, dtype: torch.dtype) -> None:
+        n = 16 * blocks
+        self.bits, other = torch.empty((2, n), dtype=torch.int16)
+        self.steps, source, into, end = [], self.bits, other, n
+        for far in (8, 4, 2, 1):
+            self.steps.append((source[: end - far], source[far:end], into[: end - far]))
+            source, into, end = into, source, end - far
+        self.first = source.view(dtype).view(-1, 16)[:, :1]
+
+    def of(self, x: Tensor, amax: Tensor) -> None:
+        """x [R, 16] -> their float32 bits, int32 [R, 1]."""
+        torch.bitwise_and(x.view(torch.int16).view(-1), 0x7FFF, out=self.bits)
+        for near, far, into in self.steps:
+            torch.maximum(near, far, out=into)
+        amax.view(torch.float32).copy_(self.first)
 
 
 class _Values:

@@ -4,10 +4,9 @@ Blocks get their scales from the largest float32 pattern of each, as an integer,
 v = x * reciprocal(scale) in float32:
 
 - FP8: torch's cast, after a clamp where the rule lets amax saturate (v is exact, and the cast rounds to nearest even).
-- E2M1: |v| has spacing 1/2 up to 2, 1 up to 4, 2 up to 6. Adding 2^23 u rounds to spacing u and leaves the multiple of u in
-  the last bits: three sums give rne(2v), rne(v) + 2 and rne(v / 2) + 4, and the smallest of them is the code.
-- E2M1 from bfloat16 with a power of two as scale: v 2^-14 is a float16, exactly or below a quarter of the smallest code, whose
-  subnormals begin where E2M1's do. So its bits, rounded to nearest even at bit 9, are the code: half the memory, fewer operations.
+- E2M1: the subnormals of v 2^-14 as a float16 begin where E2M1's do, so its bits, rounded to nearest even at bit 9, are the code.
+  From bfloat16 with a power of two as scale it is that float16, exactly or below a quarter of the smallest code; any other v is
+  rounded to odd first, to 9 significant bits, which float16 holds and which are as good as v itself for what follows.
 - FP6 codes, scale searches and blocks with Inf or NaN: the reference itself.
 
 Threads draw spans of chunks, and torch does not divide an operation again: threads that met after every operation would
@@ -30,10 +29,9 @@ from .formats import E2M1, E4M3, Element, Format, ScaleRule, get_format
 CHUNK = 1 << 18  # elements: long enough operations that threads seldom meet at the interpreter lock
 SPAN = 16  # chunks, at most
 _SEARCHES = (ScaleRule.SEARCH, ScaleRule.FOUR_OVER_SIX)
-# What rounds |v| to multiples of 1/2, 1 and 2; the last bits of 2^23 u + a are those of a / u.
-_ADDERS = (2.0**22, 2.0**23 + 2, 2.0**24 + 8)
 _HALF = 14  # E2M1's 1 is the smallest normal float16, 2^-14
 _HALF_LIMIT = 224 << 23  # float32 bits of an amax that leaves room for 2^-14 in the reciprocal of its scale
+_HALF_LEAST = 2.0**-112  # a reciprocal that does
 
 
 def _cut(start: int, stop: int, step: int) -> list[slice]:
@@ -155,11 +153,20 @@ class _Work:
             return False
         kind: type[_Values] = _Values
         if self.f.element == E2M1:
-            kind = _Halves if g is None and x.dtype == torch.bfloat16 and top < _HALF_LIMIT else _Sums
-        reciprocal = self._e8m0(amax, scale, kind.shift) if g is None else self._e4m3(amax, g, scale)
+            kind = _Halves if g is None and x.dtype == torch.bfloat16 else _OddHalves
+        if g is None:
+            late = kind.shift > 0 and top >= _HALF_LIMIT
+            reciprocal = self._e8m0(amax, scale, 0 if late else kind.shift)
+        else:
+            reciprocal = self._e4m3(amax, g, scale)
+            late = bool(len(x)) and float(reciprocal.amin()) < _HALF_LEAST
+            if not late:
+                reciprocal.mul_(2.0**-kind.shift)
         for part, r, into in zip(*(t.split(self.step) for t in (x, reciprocal, out)), strict=True):
             b = self._buffers(len(part), kind)
             b.v.copy_(part).mul_(r)
+            if late:
+                b.v.mul_(2.0**-kind.shift)
             b.encode(into, self.f, self.saturates)
         return True
 
@@ -207,7 +214,7 @@ class _Maxima:
 
     def of(self, x: Tensor, amax: Tensor) -> None:
         """x [R, 16] -> their float32 bits, int32 [R, 1]."""
-        torch.bitwise_and(x.view(torch.int16).view(-1), 0x7FFF, out=self.bits)
+        torch.bitwise_and(x.view(torch.int16).view(-1), _16[0x7FFF], out=self.bits)
         for near, far, into in self.steps:
             torch.maximum(near, far, out=into)
         amax.view(torch.float32).copy_(self.first)
@@ -230,53 +237,47 @@ class _Values:
             out.view(element.dtype).copy_(self.v.clamp_(-element.max, element.max) if saturates else self.v)
 
 
-class _Sums(_Values):
-    """E2M1 codes of any float32 values, by sums that round."""
-
-    def __init__(self, v: Tensor) -> None:
-        super().__init__(v)
-        self.a = torch.empty_like(v)
-        self.codes, self.other, self.sign = torch.empty((3, *v.shape), dtype=torch.uint8)
-        self.two = self.codes.view(torch.int16)  # the code of even k is in the low byte (little-endian)
-        self.pairs = torch.empty_like(self.two)
-
-    def encode(self, out: Tensor, f: Format, saturates: bool) -> None:
-        torch.abs(self.v, out=self.a).clamp_(max=E2M1.max)
-        self.sign.copy_(self.bits.bitwise_right_shift_(28)).bitwise_and_(8)
-        torch.add(self.a, _ADDERS[0], out=self.v)
-        self.codes.copy_(self.bits)
-        for adder in _ADDERS[1:]:
-            torch.add(self.a, adder, out=self.v)
-            self.other.copy_(self.bits)
-            torch.minimum(self.codes, self.other, out=self.codes)
-        self.codes.bitwise_or_(self.sign)
-        torch.bitwise_right_shift(self.two, 4, out=self.pairs)
-        out.copy_(self.pairs.bitwise_or_(self.two))
+# Numbers of a dtype of their own: a Python number takes 2.5 us to become one, in each operation.
+_16 = {n: torch.tensor(n, dtype=torch.int16) for n in (1, 3, 4, 9, 255, 0x0F0F, 0x7FFF)}
+_32 = {n: torch.tensor(n, dtype=torch.int32) for n in (0x7FFF, -0x8000)}
 
 
 class _Halves(_Values):
-    """E2M1 codes of values that float16 holds 2^-14 times as large, by rounding its bits."""
+    """E2M1 codes of values 2^-14 times as large, by rounding the bits of float16. ``shift``: see ``_HALF``."""
 
     shift = _HALF
 
     def __init__(self, v: Tensor) -> None:
         super().__init__(v)
-        self.h = torch.empty_like(v, dtype=torch.float16)
-        self.word, self.odd = self.h.view(torch.int16), torch.empty_like(v, dtype=torch.int16)
+        self.rest = torch.empty_like(self.bits)
+        self.word, self.odd = self.rest.view(torch.int16).view(2, *v.shape)
+        self.h = self.word.view(torch.float16)
         self.codes = torch.empty_like(v, dtype=torch.uint8)
-        self.two = self.codes.view(torch.int16)
+        self.two = self.codes.view(torch.int16)  # the code of even k is in the low byte (little-endian)
         self.pairs = torch.empty_like(self.two)
 
     def encode(self, out: Tensor, f: Format, saturates: bool) -> None:
         most = E2M1.max * 2.0**-_HALF
         self.h.copy_(self.v.clamp_(-most, most))
         # To nearest even: the code in bits 9 to 11, the sign in bit 15, whatever is between them 0.
-        torch.bitwise_right_shift(self.word, 9, out=self.odd).bitwise_and_(1)
-        self.codes.copy_(self.word.add_(self.odd).add_(255).bitwise_right_shift_(9))
-        torch.bitwise_right_shift(self.two, 3, out=self.pairs)
-        self.two.bitwise_or_(self.pairs).bitwise_and_(0x0F0F)  # the sign, now in bits 6 and 7 of a byte, comes to bit 3
-        torch.bitwise_right_shift(self.two, 4, out=self.pairs)
+        torch.bitwise_right_shift(self.word, _16[9], out=self.odd).bitwise_and_(_16[1])
+        self.codes.copy_(self.word.add_(self.odd).add_(_16[255]).bitwise_right_shift_(_16[9]))
+        torch.bitwise_right_shift(self.two, _16[3], out=self.pairs)
+        self.two.bitwise_or_(self.pairs).bitwise_and_(_16[0x0F0F])  # the sign, now in bits 6 and 7 of a byte, comes to bit 3
+        torch.bitwise_right_shift(self.two, _16[4], out=self.pairs)
         out.copy_(self.pairs.bitwise_or_(self.two))
+
+
+class _OddHalves(_Halves):
+    """The same for any float32 values: rounded to odd first, to 9 significant bits, which float16 holds.
+
+    Whatever is cut off becomes a one in the last place that is kept. So a value stays on its side of every tie.
+    """
+
+    def encode(self, out: Tensor, f: Format, saturates: bool) -> None:
+        torch.bitwise_and(self.bits, _32[0x7FFF], out=self.rest).add_(_32[0x7FFF])
+        self.bits.bitwise_or_(self.rest).bitwise_and_(_32[-0x8000])
+        super().encode(out, f, saturates)
 
 
 def dequantize(data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:

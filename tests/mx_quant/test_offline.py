@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import struct
 import subprocess
@@ -150,6 +151,18 @@ def test_rules(checkpoints, tmp_path, rule):
     with Checkpoint(tmp_path / "out") as ck:
         for name in ck.weights:
             check_equal(ck.read(name), mk.quantize(tensors[name], mk.MXFP8, rule=rule), name)
+
+
+def test_a_version_is_there_where_nothing_is_installed(monkeypatch):
+    from mx_quant.output import own_version
+
+    assert own_version()[0].isdigit()
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert own_version() == "not installed"
 
 
 def test_provenance(checkpoints, tmp_path):

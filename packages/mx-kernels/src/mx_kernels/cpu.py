@@ -263,7 +263,9 @@ class _Halves(_Values):
         torch.bitwise_right_shift(self.word, _16[9], out=self.odd).bitwise_and_(_16[1])
         self.codes.copy_(self.word.add_(self.odd).add_(_16[255]).bitwise_right_shift_(_16[9]))
         torch.bitwise_right_shift(self.two, _16[3], out=self.pairs)
-        self.two.bitwise_or_(self.pairs).bitwise_and_(_16[0x0F0F])  # the sign, now in bits 6 and 7 of a byte, comes to bit 3
+        self.two.bitwise_or_(self.pairs).bitwise_and_(
+            _16[0x0F0F]
+        )  # the sign, now in bits 6 and 7 of a byte, comes to bit 3
         torch.bitwise_right_shift(self.two, _16[4], out=self.pairs)
         out.copy_(self.pairs.bitwise_or_(self.two))
 

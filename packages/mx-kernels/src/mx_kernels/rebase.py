@@ -32,7 +32,7 @@ from .dispatch import (
 from .epilogue import Epilogue
 from .formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, Element, Format
 from .reference import rebase as reference
-from .reference.elements import decode, unpack_codes
+from .reference.elements import decode, scale_to_float, unpack_codes
 from .tensor import QuantizedTensor
 
 REBASED_FORMATS = (MXFP8, MXFP6_E2M3, MXFP6_E3M2, MXFP4)
@@ -121,7 +121,7 @@ def _rebase(w: QuantizedTensor, lift: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [E, N, K], scales [E, N], and float64 [4]: numbers of changed and of non-zero weights, squares of changes and weights."""
     data = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     top = w.scale.amax(-1)
-    row = reference.scale_to_float(top) * 2.0**-lift
+    row = scale_to_float(top) * 2.0**-lift
     sums = torch.zeros(4, dtype=torch.float64, device=w.device)
     table, facts = _tables(w.format.element, w.device)
     for e in range(w.shape[0]):

@@ -57,6 +57,14 @@ def arrange(
     return specs, copies
 
 
+def own_version() -> str:
+    """The version of mx-quant, or "not installed" where it runs from its sources."""
+    try:
+        return importlib.metadata.version("mx-quant")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def plan_output(
     reader: ShardReader,
     specs: Sequence[TensorSpec],
@@ -72,7 +80,7 @@ def plan_output(
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size is {max_shard_size}, needs at least one byte")
     full = {
-        "version": importlib.metadata.version("mx-quant"),
+        "version": own_version(),
         **provenance,
         "source_sha256": source_hash(reader),
     }

@@ -52,8 +52,17 @@ class Row:
 
 
 # fmt: off
-RUNS: tuple[Run, ...] = ()
-ROWS: tuple[Row, ...] = ()
+RUNS: tuple[Run, ...] = (
+    Run("H100", 132, "2.11.0+cu130", "3.6.0", "2026-11-25"),
+)
+ROWS: tuple[Row, ...] = (
+    Row(0, Problem("", 32, 2048, 8, 28672, 4096), 256,
+        Config(256, 128, 64, 8, 4, group=4, levels=3), 1014.01, 1145.59),
+    Row(0, Problem("", 32, 32768, 8, 28672, 4096), 256,
+        Config(256, 128, 64, 8, 4, group=4, levels=3), 12698.21, 14018.4),
+    Row(0, Problem("e2m1", 32, 8192, 128, 2048, 768), 128,
+        Config(64, 128, 64, 4, 4, levels=3, maxnreg=168), 81.95, 89.42),
+)
 # fmt: on
 
 

@@ -15,7 +15,7 @@ import torch
 import mx_kernels as mk
 from mx_kernels.packed_gemm import flat_product
 from mx_kernels.tuned import ROWS, model_block
-from mx_kernels.tuning import Config, Problem, choose_config
+from mx_kernels.tuning import SHARED, Config, Problem, choose_config
 
 kernel = pytest.importorskip("mx_kernels.kernels.grouped_gemm", exc_type=ImportError)
 pytestmark = pytest.mark.compile
@@ -74,19 +74,31 @@ LIMITS = {  # (format, block) -> registers, instructions of the K loop for each 
     ("mxfp4", 64): (168, 4.25),
     ("mxfp4", 128): (255, 4.70),
     ("nvfp4", 16): (128, 3.20),
+    ("nvfp4", 32): (168, 4.00),
     ("nvfp4", 64): (168, 4.40),
     ("nvfp4", 128): (255, 4.80),
     ("mxfp8", 16): (128, 3.40),
     ("mxfp8", 32): (168, 4.15),
     ("mxfp8", 64): (168, 4.55),
     ("mxfp8", 128): (255, 5.00),
+    ("mxfp8_e5m2", 16): (128, 3.80),
+    ("mxfp8_e5m2", 64): (168, 5.10),
+    ("mxfp8_e5m2", 128): (255, 5.55),
+    ("mxfp6_e2m3", 16): (128, 3.40),  # packed as E4M3
+    ("mxfp6_e2m3", 128): (255, 5.00),
+    ("bf16", 16): (64, 1.90),
+    ("bf16", 32): (80, 2.05),
+    ("bf16", 64): (168, 2.70),
+    ("bf16", 128): (255, 2.70),
+    ("bf16", 256): (255, 2.10),
 }
 
 
 @pytest.mark.parametrize("act", [OAI, None], ids=["gemm1", "gemm2"])
 @pytest.mark.parametrize(("name", "block"), LIMITS)
 def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
-    made, c = compiled(aot, *launched(name, block, 448, act), "sm_90")
+    plan, tensors = launched(name, block, 448, act)
+    made, c = compiled(aot, plan, tensors, "sm_90")
     registers, instructions = LIMITS[name, block]
     if kernel._REGISTERS:  # Triton 3.8 and later
         registers, instructions = kernel._REGISTERS.get(registers, registers), instructions * 1.01
@@ -98,8 +110,7 @@ def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
     for loop in loops:
         assert not [line for line in loop if line.startswith("STL")], "a spill in the K loop"
         assert sum(line.startswith("LDL") for line in loop) <= 8
-    threads = 32 * 4 if c["N"] <= 128 else 32 * 8
-    assert len(loops[-1]) / (c["N"] * c["BK"] / threads) <= instructions
+    assert len(loops[-1]) / (c["N"] * c["BK"] / (32 * plan.options["num_warps"])) <= instructions
 
 
 LAYERS = (  # experts, experts a token, hidden, intermediate
@@ -151,14 +162,18 @@ def test_everything_that_is_chosen_on_hopper(aot, launched, name, block, config)
     assert not [line for loop in loops for line in loop if line.startswith("STL")], "a spill in a K loop"
 
 
+@pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "nvfp4", "bf16"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1250"])
-def test_every_target(aot, native, launched, target, name):
+def test_every_target(aot, native, launched, monkeypatch, target, name, block):
     """PTX for NVIDIA, plain Triton for the others: ``mma``, ``mfma``, ``wmma``, and nothing scaled by the hardware."""
     if not native.here(target).compiles:
         pytest.skip(f"this Triton compiles no product for {target}")
     hip = aot.TARGETS[target].backend == "hip"
-    plan, tensors = launched(name, 64, 448, OAI)
+    monkeypatch.setattr(kernel, "_facts", lambda device: (132, SHARED, False, False))
+    kernel._plans.clear()
+    plan, tensors = launched(name, block, 448, OAI)
+    kernel._plans.clear()
     made, _ = compiled(aot, plan, tensors, target, PTX=not hip, PDL=False)
     want = (
         ("v_wmma" if target == "gfx1250" else "v_mfma") if hip else "tcgen05.mma" if target == "sm_100" else "mma.sync"
@@ -166,15 +181,6 @@ def test_every_target(aot, native, launched, target, name):
     assert want in made.asm or (target == "sm_100" and "mma.sync" in made.asm)
     assert not re.search(r"block_scale|v_(mfma|wmma)_scale", made.asm)
     assert made.spills == 0
-
-
-def test_plain_weights_on_hopper(aot, launched):
-    for block in (16, 64, 128, 256):
-        made, _ = compiled(aot, *launched("bf16", block, 448, OAI), "sm_90")
-        assert "wgmma.mma_async" in made.asm
-        assert not any(code in made.log for code in ("C7510", "C7515"))
-        loops = [loop for loop in made.loops() if any(line.startswith("HGMMA") for line in loop)]
-        assert not [line for loop in loops for line in loop if line.startswith(("STL", "LDL"))]
 
 
 def test_split_and_dependent_launch(aot, launched):

@@ -13,7 +13,7 @@ to arrive adds them up in a fixed order, so the result does not depend on which 
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -286,13 +286,14 @@ def counters(device: torch.device, count: int) -> Tensor:
 
 
 @functools.cache
-def _facts(device: torch.device) -> tuple[int, int, bool]:
-    """(multiprocessors, bytes of shared memory a program may have, programmatic dependent launch)."""
+def _facts(device: torch.device) -> tuple[int, int, bool, bool]:
+    """(multiprocessors, bytes of shared memory a program may have, programmatic dependent launch, wgmma)."""
     if device.type != "cuda":
-        return UNITS, SHARED, False
+        return UNITS, SHARED, False, device.type == "meta"
     p = torch.cuda.get_device_properties(device)
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    return p.multi_processor_count, shared, torch.version.hip is None and p.major >= 9
+    nvidia = torch.version.hip is None
+    return p.multi_processor_count, shared, nvidia and p.major >= 9, nvidia and p.major == 9
 
 
 def grouped_gemm_packed(
@@ -418,9 +419,11 @@ def _plan(
             (w_stride[0] // 4, w_stride[1] // 4, s_stride[0], s_stride[1]),
             2 if k < width else int(k % 128 != 0),
         )
-    units, shared, dependent = _facts(device)
+    units, shared, dependent, wgmma = _facts(device)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
     c = config or config_for(problem, block, device, units, shared)
+    if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
+        c = replace(c, warps=8)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
     role = "gemm2" if top_k == 1 and tokens < num_pairs else "gemm1"

@@ -290,3 +290,13 @@ def test_rebase_rows_compiles(aot, dtype, k):
     )
     assert made.spills == 0
     assert any("F2FP" in name and "E4M3" in name for name in made.opcodes(full=True))
+
+
+def test_devices_without_fp8_are_refused(monkeypatch):
+    kernels = pytest.importorskip("mx_kernels.kernels.rebased", exc_type=ImportError)
+    from mx_kernels.kernels.launch import Target
+
+    monkeypatch.setattr(kernels, "target", lambda device: Target(False, True, 108))
+    with pytest.raises(mk.Unsupported, match="sm_89 and later"):
+        kernels._needs_fp8(torch.device("cuda", 0))
+    kernels._needs_fp8(torch.device("cpu"))

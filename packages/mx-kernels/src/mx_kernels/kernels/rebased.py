@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import launch
+from ..choose import Unsupported
+from .launch import launch, target
 
 
 @triton.jit
@@ -69,10 +70,20 @@ def _rebase_rows_kernel(
     tl.store(scale + r, tl.where(largest > 0x7F800000, float("nan"), s))
 
 
+def _needs_fp8(device: torch.device) -> None:
+    """Raise Unsupported where an accelerator has no FP8 conversions and products that Triton can use."""
+    if device.type in ("cuda", "xpu") and not target(device).fp8:
+        raise Unsupported(
+            f"{device} has no FP8 matrix units that re-based products can use (NVIDIA sm_89 and later have): use packed or "
+            "quantized weights there (mx_moe's fused experts do)"
+        )
+
+
 def rebase_rows(
     x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
 ) -> tuple[Tensor, Tensor]:
     """x [M, K] -> codes uint8 [capacity, K] and scales float32 [capacity]; the op's arguments."""
+    _needs_fp8(x.device)
     k, slots = x.shape[1], sorted_ids.shape[0]
     out = torch.empty(slots, k, dtype=torch.uint8, device=x.device)
     scale = torch.empty(slots, dtype=torch.float32, device=x.device)
@@ -189,6 +200,7 @@ def grouped_gemm_rebased(
     out_dtype: torch.dtype = torch.bfloat16, config: dict | None = None,
 ) -> Tensor:  # fmt: skip
     """x bytes of E4M3 [capacity, K] in tile order, w [E, N, K] -> [capacity, N_out] in tile order, or [num_pairs, N_out] if ``scatter``."""
+    _needs_fp8(x.device)
     experts, n, k = w.shape
     n_out = n // 2 if activation else n
     y = torch.empty(num_pairs if scatter else x.shape[0], n_out, dtype=out_dtype, device=x.device)

@@ -113,14 +113,8 @@ def peers(report: Report) -> None:
 def alignments(report: Report) -> None:
     from mx_kernels.kernels.align import moe_align_block_size as align
 
-    for tokens, top_k, experts in (
-        (1, 8, 128),
-        (64, 8, 128),
-        (1024, 8, 128),
-        (4096, 8, 128),
-        (16384, 8, 128),
-        (131072, 8, 512),
-    ):
+    cases = [(t, k, e) for k, e in ((8, 128), (4, 128), (8, 512)) for t in (1, 16, 64, 256, 1024, 4096, 16384)]
+    for tokens, top_k, experts in (*cases, (131072, 8, 512)):
         ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.int()
         got, want = align(ids, 64, experts, None), aligned(ids, 64, experts, None)
         require(all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), "align")

@@ -5,10 +5,6 @@ On a GPU, and for fewer sizes on the CPU in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -68,13 +64,8 @@ print("right")
 
 
 @pytest.mark.compile
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=env, cwd=os.path.dirname(__file__), capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "right", done.stderr[-2000:]
+def test_kernels_in_the_interpreter(interpreted):
+    interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

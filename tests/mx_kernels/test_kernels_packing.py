@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -108,14 +105,9 @@ print("right")
 
 
 @pytest.mark.compile
-def test_kernels_in_the_interpreter():
+def test_kernels_in_the_interpreter(interpreted):
     """All index and bit arithmetic, on the CPU, where Triton is installed."""
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=env, cwd=os.path.dirname(__file__), capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "right", done.stderr[-2000:]
+    interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -328,12 +325,9 @@ print("right")
 
 
 @pytest.mark.compile
-def test_the_dequantization_kernel_in_the_interpreter():
+def test_the_dequantization_kernel_in_the_interpreter(interpreted):
     """Whole tensors and selected rows, on the CPU, where Triton is installed."""
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == "right", done.stderr[-2000:]
+    interpreted(INTERPRETED)
 
 
 def test_bad_rows():

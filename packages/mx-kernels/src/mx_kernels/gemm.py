@@ -221,7 +221,7 @@ def gemm(
     f, rule = epilogue.requantize_to or epilogue.round_to, epilogue.rule
     if isinstance(w, PackedWeight):
         flat = x.reshape(rows, x.shape[-1]) if isinstance(x, Tensor) else dequantize(x, torch.float32).flatten(0, -2)
-        whole = f is None or rounds_itself(epilogue)
+        whole = f is None or rounds_itself(epilogue, w)
         y = packed_product(flat, w, None, 1, epilogue, row_weight, dtype if whole else torch.float32)
         y = y.view(*lead, y.shape[-1])
         return y if whole or f is None else stored(replace(quantize(y, f, rule=rule), dtype=dtype), epilogue)

@@ -183,7 +183,7 @@ def grouped_gemm(
     row_weight = check_epilogue(epilogue, (num_experts, n), pairs, x.device)
     f, rule = epilogue.requantize_to or epilogue.round_to, epilogue.rule
     if isinstance(w, PackedWeight):
-        whole = f is None or rounds_itself(epilogue)
+        whole = f is None or rounds_itself(epilogue, w)
         y = packed_product(x, w, tiles, top_k, epilogue, row_weight, dtype if whole else torch.float32)
         return y if whole or f is None else stored(_requantized(y, tiles, f, rule, dtype), epilogue)
     fused = fused_format(f)

@@ -125,10 +125,15 @@ def packed_product(
     return out
 
 
-def rounds_itself(epilogue: Epilogue) -> bool:
-    """Whether the product rounds its result to ``round_to`` (every rule but a search, which tries two scales)."""
+def rounds_itself(epilogue: Epilogue, w: PackedWeight) -> bool:
+    """Whether the product rounds its result to ``round_to``.
+
+    Not by a search, which tries two scales, and not gates and ups without an activation: a tile has them in another order than
+    the result, whose blocks are rounded.
+    """
     f = epilogue.round_to
-    return f is not None and f.check_rule(epilogue.rule) is not ScaleRule.SEARCH
+    ordered = epilogue.activation is not None or not w.gated
+    return f is not None and ordered and f.check_rule(epilogue.rule) is not ScaleRule.SEARCH
 
 
 def flat_product(
@@ -161,7 +166,7 @@ def flat_product(
     if w.format is None and w.dtype == torch.float16 and x.dtype != torch.float16:
         raise TypeError(f"w is packed float16 and x is {x.dtype}: cast x to float16, or pack w as bfloat16")
     act, _, gated, alpha, beta, limit = flat_activation(a)
-    f = epilogue.round_to if rounds_itself(epilogue) else None
+    f = epilogue.round_to if rounds_itself(epilogue, w) else None
     rounded = ("", "") if f is None else (f.name, f.check_rule(epilogue.rule).value)
     routed = (None, None, None, 16, x.shape[0], x.shape[0])
     if tiles is not None:

@@ -11,8 +11,9 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   takes 256 pairs.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together.
 
-The thresholds were measured on an NVIDIA H200 (torch 2.11, Triton 3.6, November 2026; docs/performance.md) on shapes from
-2048 x 768 to 28672 x 4096; ``benchmarks/tune.py`` measures them again.
+The thresholds were measured on an NVIDIA H200, those of steps of 64 columns and of 256 pairs on an H100 (r = 96 lies between the
+measured 64 and 128; torch 2.11, Triton 3.6, November 2026; docs/performance.md), on shapes from 2048 x 768 to 28672 x 4096;
+``benchmarks/tune.py`` measures them again.
 """
 
 from __future__ import annotations
@@ -133,15 +134,14 @@ def choose_config(p: Problem, pairs: int, units: int = UNITS, shared: int = SHAR
 def _preferred(p: Problem, pairs: int, units: int) -> Config:
     plain = p.element == ""
     rows = min(128, max(64, 1 << (p.n - 1).bit_length()))
-    step = 64 if plain else 128
     few = p.num_pairs <= 64
     each = p.num_pairs / p.num_experts
     if pairs <= 16:
         if plain:
-            return Config(pairs, rows, step, 4, 8, pdl=few)
-        split = best_split(p, rows, step, units) if few else 1
+            return Config(pairs, rows, 64, 4, 8, pdl=few)
+        split = best_split(p, rows, 128, units) if few else 1
         stages = streaming_stages(p, -(-p.n // rows) * p.active * split, units)
-        return Config(pairs, rows, step, 4, stages, split, maxnreg=128, pdl=few)
+        return Config(pairs, rows, 128, 4, stages, split, maxnreg=128, pdl=few)
     if pairs <= 64:
         levels = 2 if pairs == 32 or each < 48 else 3
         return Config(pairs, rows, 64, 4, 4, levels=levels, maxnreg=0 if plain else 168)

@@ -25,7 +25,7 @@ from ..tuned import config_for
 from ..tuning import SHARED, UNITS, Config, Problem
 from .dot import packed_dot
 from .epilogue import outputs, store
-from .launch import PDL_PAIRS, Launch
+from .launch import Launch
 
 SORTED: tl.constexpr = tl.constexpr(0)
 PAIR: tl.constexpr = tl.constexpr(1)
@@ -426,8 +426,7 @@ def _plan(
         c = replace(c, warps=8)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
-    role = "gemm2" if top_k == 1 and tokens < num_pairs else "gemm1"
-    pdl = dependent and (c.pdl if config is not None else num_pairs <= PDL_PAIRS[role])
+    pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
     tiles = -(-strips * 16 // c.rows)
     count = shape[0] if len(shape) == 3 else 1
     largest = max(shape[-2] * stride[-2] * count, num_pairs * n)

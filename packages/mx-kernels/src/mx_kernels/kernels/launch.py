@@ -44,8 +44,9 @@ def target(device: torch.device) -> Target:
     return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0))
 
 
-PDL_PAIRS = {"align": 0, "place": 1 << 31, "gemm1": 0, "gemm2": 64, "combine": 0}
-"""Up to how many pairs a kernel of an MoE layer starts before the one in front of it has ended (NVIDIA, sm_90 and up).
+PDL_PAIRS = {"align": 0, "place": 1 << 31, "combine": 0}
+"""Up to how many pairs a kernel around the GEMMs starts before the one in front of it has ended (NVIDIA, sm_90 and up); a GEMM's
+``Config.pdl`` says it of that.
 
 Such a kernel waits for the end of the one in front (``gdc_wait``) before it reads what that or anything earlier wrote, and only then
 lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. "place" stands for the

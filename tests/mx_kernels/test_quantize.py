@@ -364,3 +364,15 @@ def test_torchao():
     # It multiplies by (1 / g) / s where we do by 1 / (s g): a few products fall on the other side of a tie.
     assert int((ours != theirs).sum()) <= ours.numel() // 1000
     assert int((ours - theirs).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("exponent", [-120, -100, 0, 100, 126])
+def test_codes_of_four_bits_at_either_end_of_float32(exponent, dtype):
+    """Where float32 has no room for the power of two that makes float16 bits of the values, it is multiplied on apart."""
+    x = (torch.randn(64, 64) * 2.0**exponent).clamp(-3e38, 3e38).to(dtype)
+    x[3] = 0
+    for rule in (ScaleRule.FLOOR, ScaleRule.EVEN, ScaleRule.RCEIL):
+        assert_equals_reference(x, MXFP4, rule)
+    for g in (2.0**-117, 2.0 ** max(-117, min(117, exponent)), 2.0**117):
+        assert_equals_reference(x, NVFP4, None, torch.tensor(g))

@@ -159,7 +159,7 @@ class _Work:
             reciprocal = self._e8m0(amax, scale, 0 if late else kind.shift)
         else:
             reciprocal = self._e4m3(amax, g, scale)
-            late = bool(len(x)) and float(reciprocal.amin()) < _HALF_LEAST
+            late = bool(((reciprocal < _HALF_LEAST) & (reciprocal > 0)).any())  # 0: a block of zeros
             if not late:
                 reciprocal.mul_(2.0**-kind.shift)
         for part, r, into in zip(*(t.split(self.step) for t in (x, reciprocal, out)), strict=True):

@@ -261,6 +261,7 @@ def main() -> None:
                     if a.cold:
                         drop_pages(a.src)
                     found = measure(tool, a.src, out, fmt, options)
+                    print(f"{tool} {fmt}: {found}", file=sys.stderr, flush=True)
                     if tool == "ours" and isinstance(found, dict):
                         options = replace(options, nbytes=sum(f.stat().st_size for f in out.iterdir()))
                     if turn == 0 and isinstance(found, dict) and tool == "ours":

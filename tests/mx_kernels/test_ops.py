@@ -70,7 +70,7 @@ def _cases() -> dict[str, tuple]:
         "combine": (torch.randn(8, 64), ids, 3, None, torch.rand(4, 2), torch.bfloat16),
         "rebase_rows": (x, tiles.sorted_ids, tiles.num_padded, 8, 2, True),
         "grouped_gemm_rebased": (
-            *(rows[0].view(torch.uint8), rows[1], rebased.data.view(torch.uint8), rebased.scale),
+            *(rows[0].view(torch.uint8), rows[1], rebased.data.view(torch.uint8), None, rebased.scale),
             *(ids, *blocks, 16, *tail),
         ),
     }

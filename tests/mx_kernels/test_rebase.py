@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,13 +12,15 @@ from hypothesis import strategies as st
 
 import mx_kernels as mk
 from mx_kernels import reference
+from mx_kernels.formats import E2M1
+from mx_kernels.rebased_fp4 import pack_fp4, unpack_fp4
 
 SWIGLU_OAI = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
 FORMATS = [mk.MXFP8, mk.MXFP6_E2M3, mk.MXFP6_E3M2, mk.MXFP4]
 
 
 def _value(w: mk.RebasedWeight) -> torch.Tensor:
-    v = w.data.float() * w.scale[..., None]
+    v = w.codes().float() * w.scale[..., None]
     return reference.concatenated_rows(v) if w.gated else v
 
 
@@ -59,16 +64,43 @@ def test_rebase_states_its_error(seed, spread):
     assert torch.equal(got[top.repeat_interleave(32, -1)], want[top.repeat_interleave(32, -1)])
 
 
-def test_rebase_mxfp4_holds_fourteen_octaves():
-    """Every E2M1 code under every block scale up to 14 octaves below the row's largest is an E4M3 code."""
-    codes = torch.arange(16, dtype=torch.uint8).repeat(2).repeat(15)[None, None]
-    scale = (120 - torch.arange(15)).to(torch.uint8)[None, None]
-    q = mk.QuantizedTensor(reference.pack_codes(codes, mk.MXFP4), scale, mk.MXFP4, mk.MXFP4.default_rule)
-    assert mk.rebase(q).changed == 0
-    lower = mk.QuantizedTensor(
-        q.data, torch.where(scale == 106, 105, scale).to(torch.uint8), mk.MXFP4, mk.MXFP4.default_rule
-    )
-    assert mk.rebase(lower).changed > 0
+def _every_fp4_code(down: torch.Tensor, rows: int = 1) -> mk.QuantizedTensor:
+    """MXFP4 [1, rows, 32 * len(down)]: all E2M1 codes, twice, under block scales that many octaves below 2^(120 - 127)."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2 * len(down))[None, None].repeat(1, rows, 1)
+    scale = (120 - down).to(torch.uint8)[None, None].repeat(1, rows, 1)
+    return mk.QuantizedTensor(reference.pack_codes(codes, mk.MXFP4), scale, mk.MXFP4, mk.MXFP4.default_rule)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_rebase_mxfp4_holds_twelve_octaves(gated):
+    """Every E2M1 code under every block scale up to 11 octaves below the row's largest; further down codes are rounded to E2M1 there."""
+    q = _every_fp4_code(torch.arange(12), rows=16)
+    r = mk.rebase(q, gated=gated)
+    assert r.changed == 0
+    assert torch.equal(_value(r), mk.dequantize(q, torch.float32))
+    lower = _every_fp4_code(torch.tensor([0, 12, 13, 40, 120]))
+    r = mk.rebase(lower)
+    got, want = _value(r).reshape(5, 32), mk.dequantize(lower, torch.float32).reshape(5, 32)
+    step = 0.5 * 2.0 ** (120 - 127 - 11)  # of E2M1 under the lowest scale there is
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(
+        got[1:] / step, (want[1:] / step).round()
+    )  # ties to even codes, that is to even multiples of 0.5
+    assert r.changed == pytest.approx((got != want).sum().item() / (want != 0).sum().item())
+    assert 0 < r.error == pytest.approx(((got - want).norm() / want.norm()).item(), rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 40), blocks=st.integers(1, 9))
+def test_fp4_codes_come_back(seed, rows, blocks):
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, 32 * blocks), generator=g, dtype=torch.uint8)
+    octaves = torch.randint(0, 12, (rows, blocks), generator=g, dtype=torch.uint8)
+    data, packed = pack_fp4(codes, octaves)
+    got = unpack_fp4(data, packed[None], rows, 32 * blocks)[0].view(torch.float8_e4m3fn).float()
+    factor = torch.exp2(octaves.float() - 5).repeat_interleave(32, -1)
+    assert torch.equal(got, reference.decode(codes, E2M1) * factor)
+    assert data.numel() == -(-rows // 16) * 16 * -(-blocks // 2) * 32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -126,14 +158,15 @@ def test_layer_is_close_to_exact_mxfp8():
     assert ((y - want).norm() / want.norm()).item() < 2**-9
 
 
-def test_ops_trace_and_check():
-    x, w13, _, _, tiles = _inputs(tokens=8)
+@pytest.mark.parametrize("fmt", [mk.MXFP8, mk.MXFP4], ids=str)
+def test_ops_trace_and_check(fmt):
+    x, w13, _, _, tiles = _inputs(tokens=8, fmt=fmt)
     args = (x, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, 2, True)
     torch.library.opcheck(torch.ops.mx_kernels.rebase_rows.default, args)
     data, scale = mk.rebase_rows(x, tiles, top_k=2, gather=True)
     w = mk.rebase(w13)
     args = (
-        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
+        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.octaves, w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
         tiles.num_padded, tiles.block_size, None, "", 0.0, 0.0, 0.0, None, True, True, torch.float32,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mx_kernels.grouped_gemm_rebased.default, args)
@@ -204,23 +237,24 @@ def test_rebase_rows_beyond_32_bits():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [mk.MXFP8, mk.MXFP4], ids=str)
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("promote", [True, False])
 @pytest.mark.parametrize(
     "act", [None, mk.Activation("silu", limit=3.0), SWIGLU_OAI], ids=["none", "silu", "swiglu_oai"]
 )
-def test_grouped_gemm_rebased_kernel(block_size, promote, act):
+def test_grouped_gemm_rebased_kernel(block_size, promote, act, fmt):
     """float32 output against the reference. Hopper's FP8 accumulator keeps about 14 bits: promoted every 128 along K the error stays
     below 2^-11 in the Frobenius norm, otherwise below 2^-9 at K = 2880; the activation about doubles a relative error."""
     x, w13, _, ids, tiles = _inputs(
-        "cuda", tokens=500, experts=9, top_k=3, hidden=2880, width=416, block_size=block_size
+        "cuda", tokens=500, experts=9, top_k=3, hidden=2880, width=416, fmt=fmt, block_size=block_size
     )
     w = mk.rebase(w13, gated=act is not None)
     weight, bias = torch.rand(ids.numel(), device="cuda"), torch.randn(9, 832, device="cuda")
     rows = mk.rebase_rows(x, tiles, top_k=3, gather=True)
     epilogue = mk.Epilogue(bias, act, weight)
     want = reference.grouped_gemm_rebased(
-        rows[0].view(torch.uint8), rows[1], w.data.view(torch.uint8), w.scale, tiles, epilogue, True, torch.float32
+        rows[0].view(torch.uint8), rows[1], w.codes().view(torch.uint8), w.scale, tiles, epilogue, True, torch.float32
     )
     for scatter in (True, False):
         y = mk.grouped_gemm_rebased(
@@ -233,37 +267,82 @@ def test_grouped_gemm_rebased_kernel(block_size, promote, act):
         assert error < (2**-11 if promote else 2**-9) * (2 if act else 1)
 
 
-def _compiled(block_m, promote, gated, **options):
+@pytest.mark.gpu
+@pytest.mark.parametrize("ptx", [True, False], ids=["ptx", "plain"])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("k", [256, 416, 448])
+def test_fp4_decoding_is_exact(monkeypatch, block_size, ptx, k):
+    """One-hot activations, twelve octaves: every code under every scale comes out as it went in, whatever the place in a tile."""
+    from mx_kernels.kernels import rebased
+
+    if not ptx:
+        plain = replace(rebased.target(torch.device("cuda", 0)), wgmma=False)
+        monkeypatch.setattr(rebased, "target", lambda device: plain)
+    experts, n = 3, 200  # neither rows nor columns fill their tiles
+    codes = torch.randint(0, 16, (experts, n, k), device="cuda", dtype=torch.uint8)
+    scale = torch.randint(110, 122, (experts, n, k // 32), device="cuda", dtype=torch.uint8)
+    scale[..., 0] = 121
+    w = mk.QuantizedTensor(reference.pack_codes(codes, mk.MXFP4), scale, mk.MXFP4, mk.MXFP4.default_rule)
+    r = mk.rebase(w)
+    assert r.changed == 0
+    ids = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(k)[:, None]
+    tiles = mk.moe_align_block_size(ids, block_size, experts, sort=True)
+    x = torch.eye(k, device="cuda").repeat(experts, 1)
+    rows = mk.rebase_rows(x, tiles, gather=True)
+    y = mk.grouped_gemm_rebased(rows, r, tiles, scatter=True, out_dtype=torch.float32)
+    assert torch.equal(y.unflatten(0, (experts, k)).transpose(1, 2), mk.dequantize(w, torch.float32))
+
+
+def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
     from mx_kernels.kernels import rebased
 
     from .aot import compile_kernel
 
-    config = {**rebased.tile_config(block_m, promote), **options}
+    config = {**rebased.tile_config(block_m, promote, fp4), **options}
     bn = config.pop("BN")
     signature = {
-        "x_desc": f"tensordesc<fp8e4nv[{block_m},128]>", "w_desc": f"tensordesc<fp8e4nv[{bn},128]>", "x_scale": "*fp32",
-        "w_scale": "*fp32", "y": "*bf16", "y_stride": "i32", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32",
-        "bias": "*bf16", "row_weight": "*fp32", "n_pairs": "i32", "N": "i32", "N_OUT": "i32", "K": "i32",
+        "x_desc": f"tensordesc<fp8e4nv[{block_m},128]>", "w_desc": "*i32" if fp4 else f"tensordesc<fp8e4nv[{bn},128]>",
+        "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32", "w_scale": "*fp32", "y": "*bf16", "y_stride": "i32",
+        "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32", "n_pairs": "i32",
+        "N": "i32", "N_OUT": "i32", "K": "i32",
     }  # fmt: skip
     constants = {
-        "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "BIAS": gated,
-        "WEIGHTED": not gated, "SCATTER": not gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702,
-        "BETA": 1.0, "LIMIT": 7.0,
+        "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
+        "PTX": target == "sm_90", "BIAS": gated, "WEIGHTED": not gated, "SCATTER": not gated, "GATED": gated,
+        "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0, "LIMIT": 7.0,
     }  # fmt: skip
-    return compile_kernel(rebased._grouped_gemm_rebased_kernel, signature, constants, "sm_90", **config)
+    return compile_kernel(rebased._grouped_gemm_rebased_kernel, signature, constants, target, **config)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("gated", [True, False], ids=["gemm1", "gemm2"])
 @pytest.mark.parametrize("promote", [True, False], ids=["promoted", "fast"])
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
-def test_compiles_to_fp8_wgmma(block_m, promote, gated):
-    """FP8 warpgroup products, none serialized; the shipped tiles do not spill."""
-    compiled = _compiled(block_m, promote, gated)
+@pytest.mark.parametrize("fp4", [False, True], ids=["mxfp8", "mxfp4"])
+def test_compiles_to_fp8_wgmma(fp4, block_m, promote, gated):
+    """FP8 warpgroup products, none serialized; the shipped tiles do not spill. Weights of four bits come from registers, eight codes
+    in some twelve operations, and promoted sums are added there."""
+    if fp4 and block_m < 128 and not promote:
+        pytest.skip("small blocks are always promoted")
+    compiled = _compiled(block_m, promote, gated, fp4)
     assert compiled.opcodes()["QGMMA"] > 0
     assert "C7510" not in compiled.log
     assert "C7515" not in compiled.log
     assert compiled.spills == 0
+    if fp4:
+        products = [line for line in compiled.sass if line.startswith("QGMMA")]
+        assert all(re.match(r"QGMMA\S+ R\d+, R\d+, gdesc", line) for line in products)
+        loop = next(body for body in compiled.loops() if any(line.startswith("QGMMA") for line in body))
+        words = 16 if block_m < 128 else 8  # of a thread and step
+        assert sum(line.startswith(("PRMT", "LOP3", "SHF", "IMAD")) for line in loop) <= 13 * words
+        assert sum(line.startswith("FADD") for line in loop) == (block_m * words // 16 * promote)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["sm_89", "sm_100", "sm_120"])
+def test_fp4_compiles_where_weights_do_not_come_from_registers(target):
+    names = _compiled(32, True, True, True, target, num_stages=2).opcodes()
+    assert any("MMA" in name for name in names), names
 
 
 @pytest.mark.compile

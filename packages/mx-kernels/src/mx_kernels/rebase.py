@@ -1,7 +1,8 @@
 """Re-based W8A8 and W4A8: MXFP8 speed on FP8 matrix units that know no block scales (sm89, sm90). Opt-in, and it says how exact it is.
 
-Weights: the block exponents of a row are folded into its codes once, at load (``rebase``). Activations: MXFP8 per 32, then folded
-per token (``rebase_rows``). Both are plain float8_e4m3fn with one power of two per row, multiplied by ``grouped_gemm_rebased``.
+Weights: the block exponents of a row are folded into its codes once, at load (``rebase``); MXFP4 keeps its four bits and folds them
+as codes are decoded (``rebased_fp4.py``). Activations: MXFP8 per 32, then folded per token (``rebase_rows``). Both are E4M3 with one
+power of two per row, multiplied by ``grouped_gemm_rebased``.
 
 The result differs from exact MXFP8 x MXFP8 where codes became subnormal (``RebasedWeight.changed``), and by the accumulator of
 the matrix unit: Hopper's FP8 sums keep fewer bits than float32; ``promote=True`` adds them up in float32 every 128 along K.
@@ -30,9 +31,10 @@ from .dispatch import (
     whole_activation,
 )
 from .epilogue import Epilogue
-from .formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, Element, Format
+from .formats import E2M1, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, Element, Format
+from .rebased_fp4 import OCTAVES, empty_fp4, pack_fp4, unpack_fp4
 from .reference import rebase as reference
-from .reference.elements import decode, scale_to_float, unpack_codes
+from .reference.elements import decode, encode, scale_to_float, unpack_codes
 from .tensor import QuantizedTensor
 
 REBASED_FORMATS = (MXFP8, MXFP6_E2M3, MXFP6_E3M2, MXFP4)
@@ -41,28 +43,35 @@ REBASED_ACTIVATIONS = ("silu", "swiglu_oai")
 
 @dataclass(frozen=True, eq=False)
 class RebasedWeight:
-    """``w[e, n, k] ~ data[e, n, k] * scale[e, n]``; rows lie [8 gate | 8 up] per 16 where ``gated``.
+    """``w[e, n, k] ~ code[e, n, k] * scale[e, n]``, the codes E4M3; rows lie [8 gate | 8 up] per 16 where ``gated``.
 
-    data: float8_e4m3fn [E, N, K]. scale: float32 [E, N], powers of two. format: what it was made from.
+    data: the codes, float8_e4m3fn [E, N, K]; of MXFP4 its own codes of four bits, uint8, in the layout of ``rebased_fp4.py``.
+    octaves: of MXFP4, uint8: the power of two by which each block's codes are to be multiplied. None otherwise.
+    scale: float32 [E, N], powers of two. shape: [E, N, K]. format: what it was made from.
     changed: share of the non-zero weights whose value changed. error: their relative error in the Frobenius norm.
     """
 
     data: Tensor
+    octaves: Tensor | None
     scale: Tensor
+    shape: torch.Size
     format: Format
     gated: bool
     changed: float
     error: float
 
     @property
-    def shape(self) -> torch.Size:
-        """[E, N, K]."""
-        return self.data.shape
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.data.nbytes + self.scale.nbytes
+        """Bytes of codes and scales, padding included."""
+        return self.data.nbytes + self.scale.nbytes + (0 if self.octaves is None else self.octaves.nbytes)
+
+    def codes(self) -> Tensor:
+        """The E4M3 codes that are multiplied: float8_e4m3fn [E, N, K], ``data`` itself unless it is MXFP4."""
+        return _codes(self.data, self.octaves, *self.shape[1:]).view(torch.float8_e4m3fn)
+
+
+def _codes(data: Tensor, octaves: Tensor | None, n: int, k: int) -> Tensor:
+    return data if octaves is None else unpack_fp4(data, octaves, n, k)
 
 
 def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
@@ -83,14 +92,13 @@ def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
         raise ValueError(f"a gated weight needs N to be a multiple of 16, got {w.shape[1]}")
     if bool((w.scale == 255).any()):
         raise ValueError("w has NaN block scales (255): they cannot be re-based; mend or quantize the weight again")
-    lift = reference.octaves_of_room(w.format.element)
-    data, scale, sums = _rebase(w, lift)
-    if gated:
-        data, scale = reference.gate_up_rows(data), reference.gate_up_rows(scale)
+    data, octaves, scale, sums = _rebase(w, gated)
     changed, nonzero, wrong, total = sums.tolist()
     return RebasedWeight(
-        data.view(torch.float8_e4m3fn),
+        data if octaves is not None else data.view(torch.float8_e4m3fn),
+        octaves,
         scale,
+        w.shape,
         w.format,
         gated,
         changed / max(nonzero, 1),
@@ -103,36 +111,55 @@ _DEEPEST = 63  # octaves under a row's largest scale from which on every code be
 
 @functools.cache
 def _tables(element: Element, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What becomes of code c under a scale d octaves below its row's largest, at d * codes + c: its E4M3 code (uint8), and float32
-    [.., 4]: 1 if its value changes, 1 unless it is zero, and the squares of the change and of the value (over the row's scale)."""
+    """What becomes of code c under a scale d octaves below its row's largest, at d * codes + c: its code (uint8, E4M3; E2M1 stays
+    E2M1), and float32 [.., 4]: 1 if its value changes, 1 unless it is zero, and the squares of the change and of the value (over the
+    row's scale)."""
     lift = reference.octaves_of_room(element)
     codes = torch.arange(1 << element.bits, dtype=torch.uint8)
-    row = torch.cat((codes, codes.new_zeros(-codes.numel() % 32 + 32))).expand(_DEEPEST + 1, -1)
-    scale = (127 - torch.arange(_DEEPEST + 1))[:, None].repeat(1, row.shape[1] // 32)
-    scale[:, -1] = 127  # the row's largest
-    new = reference.rebased(row, scale.to(torch.uint8), element)[0][:, : codes.numel()].contiguous()
-    now = decode(new, MXFP8.element)
-    want = decode(codes, element) * torch.ldexp(torch.ones(_DEEPEST + 1), lift - torch.arange(_DEEPEST + 1))[:, None]
+    down = torch.arange(_DEEPEST + 1)[:, None]
+    one = torch.ones(_DEEPEST + 1, 1)
+    want = decode(codes, element) * torch.ldexp(one, lift - down)
+    if element is E2M1:
+        kept = torch.ldexp(one, lift - down.clamp(max=OCTAVES - 1))
+        new = encode(want / kept, E2M1)
+        now = decode(new, E2M1) * kept
+    else:
+        new = encode(want, MXFP8.element)
+        now = decode(new, MXFP8.element)
     facts = torch.stack(((now != want).float(), (want != 0).float(), (now - want).square(), want.square()), -1)
     return new.flatten().to(device), facts.flatten(0, 1).to(device)
 
 
-def _rebase(w: QuantizedTensor, lift: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [E, N, K], scales [E, N], and float64 [4]: numbers of changed and of non-zero weights, squares of changes and weights."""
-    data = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+def _rebase(w: QuantizedTensor, gated: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Codes, octaves and scales of a RebasedWeight, and float64 [4]: numbers of changed and of non-zero weights, squares of changes
+    and weights."""
+    (experts, n, k), element = w.shape, w.format.element
+    octaves, tiles = None, -(-k // 64)
+    if element is E2M1:
+        data, octaves = empty_fp4(experts, n, k, w.device)
+    else:
+        data = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     top = w.scale.amax(-1)
-    row = scale_to_float(top) * 2.0**-lift
+    row = scale_to_float(top) * 2.0 ** -reference.octaves_of_room(element)
     sums = torch.zeros(4, dtype=torch.float64, device=w.device)
-    table, facts = _tables(w.format.element, w.device)
-    for e in range(w.shape[0]):
+    table, facts = _tables(element, w.device)
+    for e in range(experts):
         codes = unpack_codes(bytes_of(w.data[e]), w.format)
-        down = (top[e][:, None].int() - w.scale[e].int()).clamp(max=_DEEPEST) << w.format.element.bits
-        index = (down[..., None] + codes.unflatten(-1, (-1, 32))).flatten(-2)
-        data[e] = table[index]
+        down = top[e][:, None].int() - w.scale[e].int()
+        index = ((down.clamp(max=_DEEPEST) << element.bits)[..., None] + codes.unflatten(-1, (-1, 32))).flatten(-2)
         of_rows = facts[index].sum(-2).double()
         of_rows[:, 2:] *= row[e].double().square()[:, None]
         sums += of_rows.sum(0)
-    return data, row, sums
+        new = table[index]
+        if gated:
+            new, down = (reference.gate_up_rows(t[None])[0] for t in (new, down))
+        if octaves is None:
+            data[e] = new
+        else:
+            data[e * tiles : (e + 1) * tiles], octaves[e] = pack_fp4(
+                new, (OCTAVES - 1 - down).clamp(min=0).to(torch.uint8)
+            )
+    return data, octaves, reference.gate_up_rows(row) if gated else row, sums
 
 
 @torch.library.custom_op("mx_kernels::rebase_rows", mutates_args=())
@@ -189,20 +216,21 @@ def rebase_rows(x: Tensor, tiles: Alignment, *, top_k: int = 1, gather: bool = F
 
 
 _SCHEMA = (
-    "(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor ids, Tensor sorted_ids, Tensor expert_ids, Tensor num_padded,"
-    " int block_size, Tensor? bias, str act, float alpha, float beta, float limit, Tensor? row_weight, bool scatter, bool promote,"
-    " ScalarType out_dtype) -> Tensor"
+    "(Tensor x, Tensor x_scale, Tensor w, Tensor? w_octaves, Tensor w_scale, Tensor ids, Tensor sorted_ids, Tensor expert_ids,"
+    " Tensor num_padded, int block_size, Tensor? bias, str act, float alpha, float beta, float limit, Tensor? row_weight,"
+    " bool scatter, bool promote, ScalarType out_dtype) -> Tensor"
 )
 
 
 def _rebased_product(  # type: ignore[no-untyped-def]
-    x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight, scatter,
-    promote, out_dtype,
+    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight,
+    scatter, promote, out_dtype,
 ):  # fmt: skip
     tiles = Alignment(ids, w.shape[0], block_size, sorted_ids, expert_ids, num_padded)
     bias = reference.concatenated_rows(bias) if bias is not None and act else bias
     epilogue = Epilogue(bias, whole_activation(act, "concatenated", True, alpha, beta, limit), row_weight)
-    return reference.grouped_gemm_rebased(x, x_scale, w, w_scale, tiles, epilogue, scatter, out_dtype)
+    codes = _codes(w, w_octaves, w_scale.shape[1], x.shape[1])
+    return reference.grouped_gemm_rebased(x, x_scale, codes, w_scale, tiles, epilogue, scatter, out_dtype)
 
 
 _grouped_gemm_rebased = torch.library.custom_op(
@@ -212,28 +240,28 @@ _grouped_gemm_rebased = torch.library.custom_op(
 
 @_grouped_gemm_rebased.register_kernel(("cuda", "xpu"))
 def _grouped_gemm_rebased_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight, scatter,
-    promote, out_dtype,
+    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight,
+    scatter, promote, out_dtype,
 ):  # fmt: skip
     if not has_triton():
         return _rebased_product(
-            x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit,
+            x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit,
             row_weight, scatter, promote, out_dtype,
         )  # fmt: skip
     from .kernels import rebased as kernels
 
     return kernels.grouped_gemm_rebased(
-        x, x_scale, w, w_scale, sorted_ids, expert_ids, num_padded, block_size, ids.numel(), bias=bias, row_weight=row_weight,
+        x, x_scale, w, w_octaves, w_scale, sorted_ids, expert_ids, num_padded, block_size, ids.numel(), bias=bias, row_weight=row_weight,
         scatter=scatter, activation=act, alpha=alpha, beta=beta, limit=limit, promote=promote, out_dtype=out_dtype,
     )  # fmt: skip
 
 
 @_grouped_gemm_rebased.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, x_scale, w, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight, scatter,
-    promote, out_dtype,
+    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight,
+    scatter, promote, out_dtype,
 ):  # fmt: skip
-    width = w.shape[1] // 2 if act else w.shape[1]
+    width = w_scale.shape[1] // 2 if act else w_scale.shape[1]
     return x.new_empty((ids.numel() if scatter else x.shape[0], width), dtype=out_dtype)
 
 
@@ -251,7 +279,8 @@ def grouped_gemm_rebased(
 
     Row r of the result belongs to slot r of the tile list; with ``scatter``, row p to pair p. Rows without a pair are zero from the
     reference and undefined on a GPU. Epilogue: bias [E, N], a gated "silu" or "swiglu_oai" (exactly where ``w.gated``), row weight.
-    promote: sum in float32 every 128 along K instead of in the matrix unit's accumulator; the reference always does.
+    promote: sum in float32 every 128 along K instead of in the matrix unit's accumulator; the reference always does, and so does
+    MXFP4 in blocks of fewer than 128 pairs.
     Raises ValueError for shapes, devices, and an epilogue that it does not have; TypeError for dtypes.
     """
     epilogue = epilogue or Epilogue()
@@ -299,7 +328,7 @@ def grouped_gemm_rebased(
         weight = weight.reshape(-1)
     call = _grouped_gemm_rebased_kernel if direct(data, w.data) else _grouped_gemm_rebased
     result: Tensor = call(
-        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
-        tiles.num_padded, tiles.block_size, bias, kind, alpha, beta, limit, weight, scatter, promote, out_dtype,
+        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.octaves, w.scale, tiles.ids, tiles.sorted_ids,
+        tiles.expert_ids, tiles.num_padded, tiles.block_size, bias, kind, alpha, beta, limit, weight, scatter, promote, out_dtype,
     )  # fmt: skip
     return result

@@ -23,13 +23,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 class Target:
     """fp8: Triton converts float32 to FP8 with saturation; asm: kernels may use PTX; units: multiprocessors.
 
-    pdl: a kernel may start before the one in front has ended (programmatic dependent launch).
+    pdl: a kernel may start before the one in front has ended (programmatic dependent launch). wgmma: warpgroup products (sm_90).
     """
 
     fp8: bool
     asm: bool
     units: int
     pdl: bool = False
+    wgmma: bool = False
 
 
 @functools.cache
@@ -41,7 +42,7 @@ def target(device: torch.device) -> Target:
     units = getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
-    return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0))
+    return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0), capability[0] == 9)
 
 
 PDL_PAIRS = {"align": 0, "place": 1 << 31, "combine": 0}

@@ -3,8 +3,9 @@
     y[p, n] = x_scale[p] * w_scale[e, n] * sum_k x[p, k] * w[e, n, k]        x [R, K], w [E, N, K] float8_e4m3fn
 
 ``rebase_rows`` makes x: MXFP8 (RCEIL) per 32, then each code times 2^(block exponent - row exponent), rounded to E4M3 again;
-only codes that become subnormal or vanish can change. Rows lie in the order of the tile list (row r of tile r // BM), so both
-operands arrive by TMA. Weight rows of a gated layer come as [8 gate | 8 up] per 16: both halves of a pair meet in one thread.
+only codes that become subnormal or vanish can change. Rows lie in the order of the tile list (row r of tile r // BM), so x and w
+arrive by TMA; MXFP4's words are decoded in registers (``rebased_fp4.py`` has their layout). Weight rows of a gated layer come as
+[8 gate | 8 up] per 16: both halves of a pair meet in one thread.
 """
 
 from __future__ import annotations
@@ -115,13 +116,69 @@ def _tile_of(pid, m_tiles, n_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _decode_words(w, low, high):
+    """Words [.., 4] (each four times), and the E4M3 bytes of E2M1's 0, 0.5, 1, 1.5 and 2, 3, 4, 6 under the scale of its block:
+    its first and its last four codes, two float8e4nv [.., 4]. A call of the assembly takes the four of a word."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 m, p;
+        and.b32 m, $2, 0x77777777;
+        prmt.b32 p, $6, $10, m;
+        lop3.b32 $0, $2, 0x80808080, p, 0xEA;
+        shr.u32 m, m, 16;
+        prmt.b32 p, $6, $10, m;
+        shl.b32 m, $2, 4;
+        lop3.b32 $1, m, 0x80808080, p, 0xEA;
+        }
+        """,
+        "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [w, low, high],
+        dtype=(tl.float8e4nv, tl.float8e4nv),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _plain_words(w, octave):
+    """``_decode_words`` without assembly; octave: of the block."""
+    i = tl.arange(0, 4)[None, None, None, :]
+    return _e4m3_of(w >> (4 * i), w >> (8 * i + 7), octave), _e4m3_of(w >> (16 + 4 * i), w >> (8 * i + 3), octave)
+
+
+@triton.jit
+def _e4m3_of(magnitude, sign, octave):
+    m = magnitude & 7
+    byte = tl.where(m > 1, 8 + 4 * m, 8) + 8 * octave
+    return (tl.where(m > 0, byte, 0) | ((sign & 1) << 7)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _fp4_tile(words, octaves, N: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr):
+    """int32 [BK / 64, N / 16, 128] and uint8 [N, BK / 32] -> float8e4nv [N, BK]."""
+    BLOCKS: tl.constexpr = BK // 32
+    w = words.reshape(BK // 64, N // 16, 8, 4, 2, 2).trans(1, 4, 2, 0, 5, 3).reshape(N, BLOCKS, 4)  # .., c
+    w = w[:, :, :, None].broadcast_to(N, BLOCKS, 4, 4)
+    octave = octaves.to(tl.int32)
+    if PTX:
+        low = (octave * 0x08080800 + 0x14100800)[:, :, None, None].broadcast_to(N, BLOCKS, 4, 4)
+        high = (octave * 0x08080808 + 0x24201C18)[:, :, None, None].broadcast_to(N, BLOCKS, 4, 4)
+        first, last = _decode_words(w, low, high)
+    else:
+        first, last = _plain_words(w, octave[:, :, None, None])
+    return tl.join(first, last).trans(0, 1, 4, 2, 3).reshape(N, BK)
+
+
+@triton.jit
 def _grouped_gemm_rebased_kernel(
-    x_desc, w_desc, x_scale, w_scale, y, y_stride, sorted_ids, expert_ids, num_padded, bias, row_weight,
+    x_desc, w_desc, octaves, x_scale, w_scale, y, y_stride, sorted_ids, expert_ids, num_padded, bias, row_weight,
     n_pairs, N, N_OUT, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
-    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    FP4: tl.constexpr, PTX: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr,
+    KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
+    """FP4: w_desc is the pointer to MXFP4's words, BK is 128, and SWAP is set (weights from registers are the left operand)."""
     m_tiles = tl.load(num_padded) // BM
     n_tiles = tl.cdiv(N, BN)
     tile, pid_n = _tile_of(tl.program_id(0), m_tiles, n_tiles, GROUP)
@@ -130,11 +187,30 @@ def _grouped_gemm_rebased_kernel(
     expert = tl.load(expert_ids + tile)
     steps = tl.cdiv(K, BK)
     tl.assume(steps > 0)
+    if FP4:
+        strips = tl.cdiv(N, 16)
+        strip = tl.minimum(pid_n * (BN // 16) + tl.arange(0, BN // 16), strips - 1)
+        row = tl.minimum(pid_n * BN + tl.arange(0, BN), strips * 16 - 1)
+        part = tl.arange(0, BK // 64)[:, None, None] * (strips * 128)
+        w_at = w_desc + expert.to(tl.int64) * tl.cdiv(K, 64) * (strips * 128)
+        w_at += part + strip[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
+        octave_at = octaves + expert.to(tl.int64) * steps * (strips * 64)
+        octave_at += row[:, None] * 4 + tl.arange(0, 4)[None, :]
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     for step in range(steps):
         xt = x_desc.load([tile * BM, step * BK])
-        wt = w_desc.load([expert * N + pid_n * BN, step * BK])
-        if SWAP:
+        if FP4:
+            wt = _fp4_tile(
+                tl.load(w_at + step * (strips * 256)), tl.load(octave_at + step * (strips * 64)), BN, BK, PTX
+            )
+        else:
+            wt = w_desc.load([expert * N + pid_n * BN, step * BK])
+        if FP4:
+            if PROMOTE:  # the compiler splits a product along K whose left operand is in registers: promote by hand
+                acc += tl.dot(wt, xt.T, max_num_imprecise_acc=BK)
+            else:
+                acc = tl.dot(wt, xt.T, acc)
+        elif SWAP:
             if PROMOTE:
                 acc = tl.dot(wt, xt.T, acc, max_num_imprecise_acc=BK)
             else:
@@ -179,11 +255,19 @@ def _grouped_gemm_rebased_kernel(
     )
 
 
-def tile_config(block_m: int, promote: bool) -> dict[str, int | bool]:
-    """Tile of weight rows, warps and stages for a block of ``block_m`` tokens: the fastest of 22 measured (docs/performance.md).
+def tile_config(block_m: int, promote: bool, fp4: bool = False) -> dict[str, int | bool]:
+    """Tile of weight rows, warps and stages for a block of ``block_m`` tokens: the fastest measured (docs/performance.md).
 
-    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill.
+    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill. Of
+    FP4, sums in the matrix unit want one product of a warpgroup a tile: ptxas serializes two whose weights come from registers; and
+    promoted blocks of 128 take two programs of 64 rows a multiprocessor, since they wait for every product.
     """
+    if fp4 and block_m >= 128 and promote:
+        return {"BN": 64, "num_warps": 4, "num_stages": 3, "SWAP": True}
+    if fp4 and block_m >= 128:
+        return {"BN": 128, "num_warps": 8, "num_stages": 4, "SWAP": True}
+    if fp4:
+        return {"BN": 128, "num_warps": 4, "num_stages": 4, "SWAP": True}
     if block_m >= 128:
         return {"BN": 256, "num_warps": 8, "num_stages": 4, "SWAP": promote}
     if block_m == 64:
@@ -194,30 +278,32 @@ def tile_config(block_m: int, promote: bool) -> dict[str, int | bool]:
 
 
 def grouped_gemm_rebased(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, sorted_ids: Tensor, expert_ids: Tensor, num_padded: Tensor,
-    block_m: int, num_pairs: int, *, bias: Tensor | None = None, row_weight: Tensor | None = None, scatter: bool = False,
-    activation: str = "", alpha: float = 0.0, beta: float = 0.0, limit: float = math.inf, promote: bool = True,
-    out_dtype: torch.dtype = torch.bfloat16, config: dict | None = None,
+    x: Tensor, x_scale: Tensor, w: Tensor, w_octaves: Tensor | None, w_scale: Tensor, sorted_ids: Tensor, expert_ids: Tensor,
+    num_padded: Tensor, block_m: int, num_pairs: int, *, bias: Tensor | None = None, row_weight: Tensor | None = None,
+    scatter: bool = False, activation: str = "", alpha: float = 0.0, beta: float = 0.0, limit: float = math.inf,
+    promote: bool = True, out_dtype: torch.dtype = torch.bfloat16, config: dict | None = None,
 ) -> Tensor:  # fmt: skip
     """x bytes of E4M3 [capacity, K] in tile order, w [E, N, K] -> [capacity, N_out] in tile order, or [num_pairs, N_out] if ``scatter``."""
     _needs_fp8(x.device)
-    experts, n, k = w.shape
+    (experts, n), k, fp4 = w_scale.shape, x.shape[1], w_octaves is not None
+    promote = promote or (fp4 and block_m < 128)  # where it costs next to nothing
     n_out = n // 2 if activation else n
     y = torch.empty(num_pairs if scatter else x.shape[0], n_out, dtype=out_dtype, device=x.device)
     tiles = x.shape[0] // block_m
     if tiles == 0 or y.numel() == 0:
         return y
     fp8 = torch.float8_e4m3fn
-    c = {**tile_config(block_m, promote), **(config or {})}
+    c = {**tile_config(block_m, promote, fp4), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
     grid = (-(-tiles // group) * group * -(-n // bn),)
+    weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk])
     launch(
         _grouped_gemm_rebased_kernel, grid, x.device,
-        TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk]),
+        TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
         x_scale, w_scale, y, n_out, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
         row_weight if row_weight is not None else y, num_pairs, n, n_out, k,
-        BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, BIAS=bias is not None,
-        WEIGHTED=row_weight is not None, SCATTER=scatter, GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta,
-        LIMIT=limit, **c,
+        BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=target(x.device).wgmma,
+        BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, GATED=bool(activation), KIND=activation, ALPHA=alpha,
+        BETA=beta, LIMIT=limit, **c,
     )  # fmt: skip
     return y

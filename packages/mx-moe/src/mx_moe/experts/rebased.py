@@ -28,7 +28,7 @@ OPT_IN = "opt-in: it changes small codes (backend='rebased'; the weights' share 
 
 
 class RebasedExperts(ExpertsBase):
-    """MXFP8 inputs x re-based weights. Holds E4M3 codes: one byte a weight, also for MXFP4 and MXFP6.
+    """MXFP8 inputs x re-based weights. Holds E4M3 codes, one byte a weight, also for MXFP6; MXFP4 keeps its four bits.
 
     promote: sum in float32 every 128 along K and keep h in float32 until it is quantized (default). False is faster: sums stay
         in the matrix unit, h is rounded to x's dtype, and so one code in fifty of h rounds the other way.
@@ -89,7 +89,8 @@ class RebasedExperts(ExpertsBase):
         weight: Tensor | None = routing.weights.reshape(-1)
         if self.router_weight_on_input:
             x, weight = weighted_input(x, routing), None
-        rows = rows_per_block(routing.ids.numel(), self.num_experts)
+        fp4 = self._w13.octaves is not None and self.promote
+        rows = rows_per_block(routing.ids.numel(), self.num_experts, fp4)
         tiles = mk.moe_align_block_size(routing.ids, rows, self.num_experts, self.expert_map, sort=True)
         h = mk.grouped_gemm_rebased(
             mk.rebase_rows(x, tiles, top_k=routing.top_k, gather=True),
@@ -111,7 +112,7 @@ class RebasedExperts(ExpertsBase):
         return mk.combine(y, tiles, out_dtype=x.dtype)
 
 
-def rows_per_block(pairs: int, num_experts: int) -> int:
-    """Tokens a block by the mean number of rows an expert gets; measured on an H200 (docs/performance.md)."""
+def rows_per_block(pairs: int, num_experts: int, fp4: bool = False) -> int:
+    """Tokens a block by the mean number of rows an expert gets; measured on an H200, of MXFP4 on an H100 (docs/performance.md)."""
     mean = pairs / num_experts
-    return 128 if mean > 96 else 64 if mean > 20 else 32 if mean > 10 else 16
+    return 128 if mean > (192 if fp4 else 96) else 64 if mean > 20 else 32 if mean > 10 else 16

@@ -82,12 +82,55 @@ class Compiled:
                     found.append((labels[branch.group(1)], len(instructions)))
         return sorted((instructions[a:b] for a, b in found if b - a > 1), key=len)
 
+    def overwritten(self) -> list[str]:
+        """Instructions that write registers which a warpgroup product in flight still reads as its left operand; sm_90 only.
+
+        A product reads them until a WARPGROUP.DEPBAR has waited for its group. Loops are walked twice, since what is in flight at
+        their end is so at their start.
+        """
+        found = []
+        for body in (self.sass, *(loop * 2 for loop in self.loops())):
+            groups: list[set[int]] = []
+            group: set[int] = set()
+            for line in body:
+                if product := re.match(r"[HQI]GMMA\S* R\d+, R(\d+), gdesc", line):
+                    first = int(product.group(1))
+                    group |= set(range(first, first + 4))
+                if re.match(r"[HQI]GMMA.* gsb0", line):
+                    groups, group = [*groups, group], set()
+                elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", line):
+                    kept = int(wait.group(1), 16)
+                    groups = groups[-kept:] if kept else []
+                elif _written(line) & group.union(*groups):
+                    found.append(line)
+        return found
+
     def _tool(self, name: str, *flags: str) -> str:
         assert self.cubin is not None, f"{self.target} has no cubin"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
             file.flush()
             return subprocess.run([_TOOLS / name, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+
+_WIDTHS = {"64": 2, "128": 4, "WIDE": 2}
+_NO_RESULT = re.compile(
+    r"ST|RED|BAR|BRA|DEPBAR|WARPGROUP|WARPSYNC|[FDIHU]SETP|PLOP3|LDGSTS|U[A-Z]|R2UR|R2P|EXIT|BS|[HQI]GMMA|MEMBAR|ERRBAR"
+)
+
+
+def _written(line: str) -> set[int]:
+    """The registers that a machine instruction writes."""
+    opcode, *operands = line.replace(",", " ").split()
+    result = next((o for o in operands if re.match(r"R\d+", o)), None)
+    if _NO_RESULT.match(opcode) or result is None or (operands[0] != result and operands[0][0] != "P"):
+        return set()
+    first = int(re.match(r"R(\d+)", result).group(1))  # type: ignore[union-attr]
+    parts = opcode.split(".")
+    wide = 2 if parts[0] == "CS2R" and "32" not in parts else max([_WIDTHS.get(p, 1) for p in parts])
+    if parts[0] == "LDSM":
+        wide = int(parts[-1]) if parts[-1].isdigit() else 1
+    return set(range(first, first + wide))
 
 
 def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options) -> Compiled:

@@ -59,6 +59,8 @@ def check(target, kernel, wanted):
     assert kernel.spills == 0
     assert kernel.shared <= LOCAL.get(target, SHARED)
     assert not re.search(r"C75(10|15)", kernel.log), "ptxas serialized wgmma"
+    if target == "sm_90":
+        assert not kernel.overwritten()
 
 
 PAIRS = [

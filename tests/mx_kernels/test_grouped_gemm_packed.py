@@ -374,6 +374,33 @@ def test_rounded_results_on_the_gpu(f, act):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("f", [mk.MXFP4, mk.NVFP4, mk.MXFP8], ids=str)
+def test_a_full_device_computes_the_same_each_time(f, block):
+    """Thousands of programs that share the matrix units, half-full blocks among them: what one product leaves to the next shows there.
+
+    Rounded results are those of a pass of its own over float32, and repetition changes no bit.
+    """
+    w = mk.pack(mk.quantize(torch.randn(128, 1536, 2048, device="cuda", dtype=torch.bfloat16) * 0.02, f), gated=True)
+    for tokens in (256, 1024, 6000):
+        x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+        ids = torch.rand(tokens, 128, device="cuda").topk(8).indices.int()
+        tiles = mk.moe_align_block_size(ids, block, 128, sort=True)
+
+        def product(tiles=tiles, x=x, **parts):
+            return mk.grouped_gemm(
+                x, w, tiles, top_k=8, epilogue=mk.Epilogue(activation=SILU, **parts), out_dtype=torch.float32
+            )
+
+        exact_sums, rounded = product(), product(round_to=mk.MXFP8)
+        assert exact_sums.isfinite().all()
+        assert torch.equal(rounded, mk.quantize_dequantize(exact_sums, mk.MXFP8))
+        for _ in range(5):
+            assert torch.equal(product(), exact_sums)
+            assert torch.equal(product(round_to=mk.MXFP8), rounded)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 33, 300, 3000])
 def test_linear_on_the_gpu(rows):
     check_linear(mk.MXFP8, (2880, 2880), rows, device="cuda")

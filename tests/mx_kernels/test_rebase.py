@@ -295,6 +295,7 @@ def test_fp4_decoding_is_exact(monkeypatch, block_size, ptx, k):
 
 def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
     from mx_kernels.kernels import rebased
+    from mx_kernels.kernels.launch import takes_registers
 
     from .aot import compile_kernel
 
@@ -308,8 +309,8 @@ def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
     }  # fmt: skip
     constants = {
         "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
-        "PTX": target == "sm_90", "BIAS": gated, "WEIGHTED": not gated, "SCATTER": not gated, "GATED": gated,
-        "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0, "LIMIT": 7.0,
+        "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), "BIAS": gated, "WEIGHTED": not gated,
+        "SCATTER": not gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0, "LIMIT": 7.0,
     }  # fmt: skip
     return compile_kernel(rebased._grouped_gemm_rebased_kernel, signature, constants, target, **config)
 
@@ -329,6 +330,7 @@ def test_compiles_to_fp8_wgmma(fp4, block_m, promote, gated):
     assert "C7510" not in compiled.log
     assert "C7515" not in compiled.log
     assert compiled.spills == 0
+    assert not compiled.overwritten()
     if fp4:
         products = [line for line in compiled.sass if line.startswith("QGMMA")]
         assert all(re.match(r"QGMMA\S+ R\d+, R\d+, gdesc", line) for line in products)

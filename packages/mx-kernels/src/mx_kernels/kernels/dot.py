@@ -4,6 +4,10 @@
 
 The weight is the left operand, since only that one may come from registers on Hopper, and every weight is decoded there.
 
+A product whose left operand is in registers goes on reading them after it was issued. ptxas before 12.9, which comes with Triton
+3.6, uses them for something else meanwhile (github.com/triton-lang/triton/issues/9433 tells of it), which adds garbage where the
+matrix unit is late. With such a ptxas a step ends by waiting for its products (``drained``).
+
 Letters: N weight rows and M activation rows of a tile, S = N / 16 strips, K columns, BK columns a step (128, plain weights
 also 64). KIND: "e2m1", "e4m3", "e5m2" or "" (plain weights). BLOCK: columns a scale byte covers, 32, or 16 for NVFP4.
 """
@@ -64,6 +68,12 @@ def weight_tile(w, s, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLO
 
 
 @triton.jit
+def drained(acc):
+    """float32 ``acc`` after the products that add to it: no instruction, but a use, for which the compiler waits."""
+    return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def packed_dot(
     acc,  # float32 [N, M]
     x,  # [M, K]
@@ -90,6 +100,7 @@ def packed_dot(
     PIECES: tl.constexpr,
     EVICT: tl.constexpr,
     PTX: tl.constexpr,
+    DRAIN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Add ``steps`` steps of BK columns, each STRIDE steps after the one before.
@@ -152,5 +163,7 @@ def packed_dot(
                 acc = tl.dot(v.to(tl.float32), b.to(tl.float32).trans(), acc)
             else:
                 acc = tl.dot(v.to(b.dtype), b.trans(), acc)
+        if DRAIN:
+            acc = drained(acc)
         step += STRIDE
     return acc

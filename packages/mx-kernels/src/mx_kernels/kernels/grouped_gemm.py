@@ -25,7 +25,7 @@ from ..tuned import config_for
 from ..tuning import SHARED, UNITS, Config, Problem
 from .dot import packed_dot
 from .epilogue import outputs, store
-from .launch import Launch
+from .launch import Launch, takes_registers
 
 SORTED: tl.constexpr = tl.constexpr(0)
 PAIR: tl.constexpr = tl.constexpr(1)
@@ -46,7 +46,7 @@ def _tile(
     TAIL: tl.constexpr, CLAMP: tl.constexpr, MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr,
-    TOP_K: tl.constexpr, ROUTE: tl.constexpr, PTX: tl.constexpr, INTERPRET: tl.constexpr,
+    TOP_K: tl.constexpr, ROUTE: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """N weight rows times M pairs: K loop, reduction over splits, epilogue."""
     live = pair < pairs
@@ -76,7 +76,7 @@ def _tile(
     acc = packed_dot(
         tl.zeros((N, M), tl.float32), x, at * x_stride, live, w, s, row if KIND == "" else strip, row,
         w_step, s_step, k, split, steps, piece_stride,
-        N, M, BK, KIND, BLOCK, SPLIT, TAIL, MASK_ROWS, PIECES, EVICT, PTX, INTERPRET,
+        N, M, BK, KIND, BLOCK, SPLIT, TAIL, MASK_ROWS, PIECES, EVICT, PTX, DRAIN, INTERPRET,
     )  # fmt: skip
     last = True
     if SPLIT > 1:
@@ -130,7 +130,7 @@ def _grouped_gemm_packed_kernel(
     MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     ROUND: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    DRAIN: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; partial [blocks * tiles, SPLIT, BM, N], counter [blocks * tiles].
 
@@ -211,19 +211,19 @@ def _grouped_gemm_packed_kernel(
         _tile(
             *tensors, first, _pairs(sorted_ids, first, pairs, QUARTER, ROUTE), count, scale, *sizes,
             QUARTER, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
     elif LEVELS > 1 and count <= HALF:
         _tile(
             *tensors, first, _pairs(sorted_ids, first, pairs, HALF, ROUTE), count, scale, *sizes,
             HALF, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
     else:
         _tile(
             *tensors, first, pair, count, scale, *sizes,
             BM, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, ROUTE, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
 
 
@@ -457,7 +457,7 @@ def _plan(
         ),
         *(count, c.evict, w_gated, w_layout == "interleaved", act, limit != math.inf, not no_alpha, bias is not None),
         *(not no_weight, FORMATS[round_to].element.name if round_to else "", rule),
-        *(largest >= 2**31, top_k, pdl, ptx, INTERPRET),
+        *(largest >= 2**31, top_k, pdl, ptx, wgmma and kind != "" and takes_registers(), INTERPRET),
     )
     partial = blocks * tiles * c.split * c.pairs * c.rows if c.split > 1 else 0
     return _Plan(sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles, device)

@@ -45,6 +45,18 @@ def target(device: torch.device) -> Target:
     return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0), capability[0] == 9)
 
 
+@functools.cache
+def takes_registers() -> bool:
+    """Whether Triton's ptxas (12.8 and older) takes registers that a warpgroup product still reads (``dot.py``)."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        version = tuple(int(n) for n in get_ptxas(90).version.split(".")[:2])
+    except (ImportError, AttributeError, RuntimeError, ValueError):
+        return True
+    return version < (12, 9)
+
+
 PDL_PAIRS = {"align": 0, "place": 1 << 31, "combine": 0}
 """Up to how many pairs a kernel around the GEMMs starts before the one in front of it has ended (NVIDIA, sm_90 and up); a GEMM's
 ``Config.pdl`` says it of that.

@@ -19,7 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..choose import Unsupported
-from .launch import launch, target
+from .dot import drained
+from .launch import launch, takes_registers, target
 
 
 @triton.jit
@@ -175,8 +176,8 @@ def _grouped_gemm_rebased_kernel(
     x_desc, w_desc, octaves, x_scale, w_scale, y, y_stride, sorted_ids, expert_ids, num_padded, bias, row_weight,
     n_pairs, N, N_OUT, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
-    FP4: tl.constexpr, PTX: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr,
-    KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr,
+    GATED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """FP4: w_desc is the pointer to MXFP4's words, BK is 128, and SWAP is set (weights from registers are the left operand)."""
     m_tiles = tl.load(num_padded) // BM
@@ -210,6 +211,8 @@ def _grouped_gemm_rebased_kernel(
                 acc += tl.dot(wt, xt.T, max_num_imprecise_acc=BK)
             else:
                 acc = tl.dot(wt, xt.T, acc)
+                if DRAIN:
+                    acc = drained(acc)
         elif SWAP:
             if PROMOTE:
                 acc = tl.dot(wt, xt.T, acc, max_num_imprecise_acc=BK)
@@ -293,6 +296,7 @@ def grouped_gemm_rebased(
     if tiles == 0 or y.numel() == 0:
         return y
     fp8 = torch.float8_e4m3fn
+    wgmma = target(x.device).wgmma
     c = {**tile_config(block_m, promote, fp4), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
     grid = (-(-tiles // group) * group * -(-n // bn),)
@@ -302,7 +306,7 @@ def grouped_gemm_rebased(
         TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
         x_scale, w_scale, y, n_out, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
         row_weight if row_weight is not None else y, num_pairs, n, n_out, k,
-        BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=target(x.device).wgmma,
+        BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma, DRAIN=wgmma and takes_registers(),
         BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, GATED=bool(activation), KIND=activation, ALPHA=alpha,
         BETA=beta, LIMIT=limit, **c,
     )  # fmt: skip

@@ -83,7 +83,7 @@ def _of_harness(file: Path) -> tuple[dict[str, Any], list[Cell]]:
         if "fail" in r:
             cell["failed"] = r["fail"][:200]
         elif not r["ok"]:
-            cell |= {"failed": f"error {r['err']:.1e}", "error": r["err"]}
+            cell |= {"failed": f"error {r['err']:.1e}"} | ({"error": r["err"]} if math.isfinite(r["err"]) else {})
         else:
             cell |= {"us": r["us"], "error": r["err"], "distinct": r["distinct"], "graph": r["mode"] == "graph"}
         cells.append(cell)
@@ -250,6 +250,8 @@ def section_name(shape: str, routing: str) -> str:
 def markdown(where: dict[str, Any], cells: list[Cell]) -> str:
     """Every cell: microseconds · percent of the roofline; then speed-ups, then memory."""
     lines = [f"{head(where)}. A cell: microseconds · percent of the roofline.", ""]
+    if "note" in where:
+        lines += [where["note"], ""]
     for shape, routing in sections(cells):
         here = [c for c in cells if (c["shape"], c["routing"]) == (shape, routing)]
         tokens = sorted({c["tokens"] for c in here})

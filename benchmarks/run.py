@@ -226,12 +226,14 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(PEERS), help="names, or nothing for none")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--from", dest="sources", nargs="+", type=Path, help="results to draw again; needs no GPU")
+    parser.add_argument("--note", help="with --from: what a reader of these results must know")
     parser.add_argument(
         "--readme", metavar="SHAPE", help="with --from: print a README's rows of this shape, write nothing"
     )
     args = parser.parse_args()
     if args.sources:
         where, cells = report.load(args.sources)
+        where |= {"note": args.note} if args.note else {}
         if args.readme:
             print(report.readme(where, cells, args.readme), end="")
         else:

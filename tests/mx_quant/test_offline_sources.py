@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from itertools import count
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import mx_kernels as mk
 from mx_quant import __main__ as cli
-from mx_quant import output
+from mx_quant import offline, output
 from mx_quant.layouts import FAMILIES
 from mx_quant.offline import quantize_checkpoint
 from mx_quant.plan import expert_holes
@@ -204,6 +205,40 @@ def test_a_device_that_is_not_there_leaves_nothing_behind(checkpoints, tmp_path,
     with pytest.raises(ValueError, match=f"the device '{device}' cannot be used"):
         quantize_checkpoint(src, tmp_path / "out", "mxfp8", device=device)
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_the_disk_reads_ahead_while_an_accelerator_starts(checkpoints, tmp_path, monkeypatch):
+    """From the first byte of the source on, as far as is meant, and without an effect on the output; not for a CPU."""
+    src = checkpoints.save(tmp_path / "src", checkpoints.moe_tensors())
+    asked, started = [], []
+    real = ShardReader.read_ahead
+
+    def read_ahead(self, info, offset, nbytes):
+        asked.append((info.file, info.start + offset, nbytes, bool(started)))
+        real(self, info, offset, nbytes)
+
+    def start(device, *args):
+        for _ in range(10_000):
+            if sum(a[2] for a in asked) >= 5000:
+                break
+            time.sleep(0.001)
+        started.append(args)
+        return torch.device("cpu")
+
+    quantize_checkpoint(src, tmp_path / "cpu", "mxfp4")
+    monkeypatch.setattr(ShardReader, "read_ahead", read_ahead)
+    monkeypatch.setattr(offline, "_device", start)
+    monkeypatch.setattr(offline, "_START", 5000)
+    quantize_checkpoint(src, tmp_path / "gpu", "mxfp4", device="cuda")
+    assert started[0][1:] == (mk.MXFP4.default_rule, torch.bfloat16)
+    early = [a for a in asked if not a[3]]
+    with ShardReader(src) as reader:
+        first = sorted(reader.tensors.values(), key=lambda i: (i.file, i.start))
+    assert [a[:3] for a in early] == [(i.file, i.start, i.nbytes) for i in first[: len(early)]]
+    assert sum(a[2] for a in early[:-1]) < 5000 <= sum(a[2] for a in early)
+    for a, b in zip(sorted((tmp_path / "cpu").iterdir()), sorted((tmp_path / "gpu").iterdir()), strict=True):
+        assert a.name == b.name
+        assert a.read_bytes() == b.read_bytes()
 
 
 @pytest.mark.parametrize("layout", ["mxfp8", "compressed-tensors"])

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,7 @@ _BUNDLE = 8 << 20
 _SMALLEST = 1 << 20
 _WORKING_SET = 4  # what quantizing takes beside the buffer, in its size: codes and scales, and experts made canonical
 _MARGIN = 64 << 20  # allocators, threads' caches of mx_kernels, headers
+_START = 1 << 30  # bytes that a disk may read while an accelerator starts
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,8 @@ def quantize_checkpoint(
         summary = replace(job.summary, src=str(src_path), out=str(out_path), dry_run=dry_run)
         if dry_run:
             return summary
-        place = _device(device, f)
+        with _asking_ahead(reader, device):
+            place = _device(device, f, rule, _dtype(reader, job))
         limit, workers = _fit(parse_bytes(max_memory), jobs, job)
 
         def write(writer: ShardWriter) -> None:
@@ -199,14 +204,46 @@ def quantize_checkpoint(
     return replace(summary, resumed=resumed, seconds=time.perf_counter() - start)
 
 
-def _device(device: str | torch.device, format: Format) -> torch.device:
-    """The device, after it has quantized a block: a run that finds out later would leave a partial output.
+def _dtype(reader: ShardReader, job: _Job) -> torch.dtype:
+    """What most weights that are quantized are stored as."""
+    found = Counter(reader.info(part.name).torch_dtype for t in job.targets for row in t.rows for part in row)
+    return found.most_common(1)[0][0] if found else torch.bfloat16
 
-    What PyTorch and Triton import at the first call belongs to the process, whose memory is looked at after this.
+
+@contextmanager
+def _asking_ahead(reader: ShardReader, device: str | torch.device) -> Iterator[None]:
+    """Have the system read the source's first bytes while an accelerator starts, which takes as long as reading a gigabyte."""
+    stop = threading.Event()
+
+    def ask() -> None:
+        left = _START
+        for info in sorted(reader.tensors.values(), key=lambda i: (i.file, i.start)):
+            if left <= 0 or stop.is_set():
+                return
+            reader.read_ahead(info, 0, info.nbytes)
+            left -= info.nbytes
+
+    thread = threading.Thread(target=ask, name="mx-quant-ahead", daemon=True)
+    if str(device).partition(":")[0] != "cpu":
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+def _device(device: str | torch.device, format: Format, rule: ScaleRule, dtype: torch.dtype) -> torch.device:
+    """The device, after it has quantized some blocks: a run that finds out later would leave a partial output.
+
+    What PyTorch and Triton import and compile at the first call belongs to the process, whose memory is looked at after this.
     """
     try:
-        x = torch.zeros(1, format.block, device=torch.device(device))
-        mk.quantize(x, format).to("cpu")
+        shape = (1, 16, format.block) if format.has_global_scale else (16, format.block)
+        x = torch.zeros(shape, dtype=dtype, device=torch.device(device))
+        one = torch.ones(1, device=x.device) if format.has_global_scale else None
+        mk.quantize(x, format, rule=rule, global_scale=one).to("cpu")
     except (RuntimeError, AssertionError, TypeError) as e:
         text = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"the device {str(device)!r} cannot be used ({text}): choose cpu or another one") from e

@@ -99,6 +99,8 @@ def test_native_where_the_table_says(compiled, target, x, w, block):
         ("sm_90", "bf16", "mxfp8_e4m3", 128),
         ("sm_90", "bf16", "mxfp8_e5m2", 64),
         ("sm_90", "bf16", "mxfp6_e2m3", 16),
+        ("sm_90", "bf16", "mxfp6_e3m2", 64),
+        ("sm_90", "bf16", "mxfp6_e3m2", 128),
         ("sm_90", "bf16", "nvfp4", 64),
         ("sm_90", "fp16", "mxfp4", 64),
         ("sm_90", "bf16", "bf16", 128),

@@ -53,9 +53,7 @@ def pack_fp4(codes: Tensor, octaves: Tensor) -> tuple[Tensor, Tensor]:
 def unpack_fp4(data: Tensor, octaves: Tensor, n: int, k: int) -> Tensor:
     """The E4M3 codes that ``data`` and ``octaves`` of E matrices stand for: uint8 [E, N, K]."""
     experts, tiles, strips = octaves.shape[0], -(-k // 64), data.shape[1]
-    w = data[: experts * tiles].reshape(
-        experts, tiles, strips, 8, 4, 2, 2, 4
-    )  # tile, strip, g, c, row half, block, byte
+    w = data[: experts * tiles].reshape(experts, tiles, strips, 8, 4, 2, 2, 4)  # .., g, c, row half, block, byte
     magnitudes = torch.stack((w & 7, (w >> 4) & 7), -1).flatten(-2)
     codes = magnitudes | (torch.cat((w >> 7, (w >> 3) & 1), -1) << 3)
     codes = codes.unflatten(-1, (2, 4)).permute(0, 2, 5, 3, 1, 6, 7, 4, 8).reshape(experts, strips * 16, tiles * 64)

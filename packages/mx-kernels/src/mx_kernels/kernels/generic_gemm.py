@@ -28,7 +28,7 @@ from torch import Tensor
 from ..device import Architecture, Device
 from ..formats import get_format
 from .generic_kernel import _gemm_kernel
-from .launch import launch
+from .launch import launch, takes_registers
 
 _PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -90,7 +90,7 @@ def compute_mode(device: Device, x: str, w: str, kinds: tuple[str, str]) -> str:
 
 
 def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], w_block: int, block: int) -> dict[str, int]:
-    """Tile and launch options, from host integers alone: BM, BN, BK, REORDER, num_warps, num_stages.
+    """Tile and launch options, from host integers alone: BM, BN, BK, REORDER, DRAIN, num_warps, num_stages.
 
     BK is what keeps every tile free of spills and under 99 KB of shared memory (the compile tests check both). REORDER is for
     Hopper, whose matrix unit takes w from registers: a fifth fewer instructions there, nothing gained on sm_80 and sm_120.
@@ -99,15 +99,17 @@ def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], w_bloc
     reorder = reorder and (arch.name == "sm90" or triton.knobs.runtime.interpret)
     bm = min(max(block, 16), 128)
     if compute == "fp32":
-        return {"BM": min(bm, 64), "BN": 64, "BK": 32, "REORDER": reorder, "num_warps": 4, "num_stages": 2}
+        tile = {"BM": min(bm, 64), "BN": 64, "BK": 32, "REORDER": reorder, "DRAIN": False}
+        return {**tile, "num_warps": 4, "num_stages": 2}
     split = compute == "bf16" and "fp16" in kinds
     if split:
         bm = min(bm, 64)
+    plain = kinds[1] in _PLAIN.values()
     bk = 128 if w_block != 16 or compute == "native" else 64  # four blocks of w, one for each of REORDER's four threads
     if compute == "native":
         if bm >= 64 and {"e2m3", "e3m2"} & {*kinds}:
             bk = 64
-    elif bm >= 64 or arch.vendor == "amd" or split or kinds[1] in _PLAIN.values():
+    elif bm >= 64 or arch.vendor == "amd" or split or plain:
         blackwell = arch.name in (
             "sm100",
             "sm103",
@@ -118,6 +120,7 @@ def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], w_bloc
         "BN": 128,
         "BK": bk,
         "REORDER": reorder,
+        "DRAIN": arch.name == "sm90" and (split or not plain) and takes_registers(),
         "num_warps": 8 if bm == 128 else 4,
         "num_stages": 2 if arch.vendor == "amd" else 3,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dot import drained
 from .finish import activated, store_quantized
 from .operands import (
     decoded,
@@ -213,6 +214,7 @@ def _gemm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     REORDER: tl.constexpr,
+    DRAIN: tl.constexpr,  # see ``dot.py``
     WARPS: tl.constexpr,
     X_UNIT: tl.constexpr,  # of x_stride, a power of two: what the compiler knows of the alignment of rows
     XS_UNIT: tl.constexpr,
@@ -275,6 +277,8 @@ def _gemm_kernel(
                 REORDER,
                 WARPS,
             )
+            if DRAIN:
+                acc = drained(acc)
     if RAGGED:
         acc, x_bad, w_bad = _step(
             acc, x_bad, w_bad, xp, xsp, wp, wsp, live, whole, K, XKIND, XB, WKIND, WB, COMPUTE, True, BK, REORDER, WARPS

@@ -15,15 +15,17 @@ OAI = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
 
 
 def steps(layer, x, ids, weights):
+    if layer.inputs is not None:
+        x = mk.quantize_dequantize(x, layer.inputs)
     rows = mk.block_size(ids.numel(), layer.w13.shape[0], x.device, layer.w13)
     tiles = mk.moe_align_block_size(ids, rows, layer.w13.shape[0], layer.expert_map)
-    epilogue = mk.Epilogue(layer.w13_bias, layer.activation)
+    epilogue = mk.Epilogue(layer.w13_bias, layer.activation, round_to=layer.inputs)
     h = mk.grouped_gemm(x, layer.w13, tiles, top_k=ids.shape[1], epilogue=epilogue)
     y = mk.grouped_gemm(h, layer.w2, tiles, epilogue=mk.Epilogue(layer.w2_bias, row_weight=weights))
     return mk.combine(y, tiles)
 
 
-def make_layer(name="mxfp4", *, bias=True, mapped=False, device="cpu"):
+def make_layer(name="mxfp4", *, bias=True, mapped=False, device="cpu", inputs=None):
     rows = E // 2 if mapped else E
     w13, w2 = torch.randn(rows, 2 * I, H, device=device) / 16, torch.randn(rows, H, I, device=device) / 16
     if name == "bf16":
@@ -41,6 +43,7 @@ def make_layer(name="mxfp4", *, bias=True, mapped=False, device="cpu"):
         torch.randn(rows, 2 * I, device=device) if bias else None,
         torch.randn(rows, H, device=device).bfloat16() if bias else None,
         expert_map,
+        inputs,
     )
 
 
@@ -75,7 +78,7 @@ class Ledger:
 
     def step(self, run, tensors):
         run.compiled = run
-        self.calls.append((run, [None if t is None else t.data_ptr() for t in tensors]))
+        self.calls.append((run, [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors]))
 
     def take(self):
         calls, self.calls = self.calls, []
@@ -85,14 +88,15 @@ class Ledger:
 @pytest.mark.compile
 @pytest.mark.parametrize("tokens", [1, 5, 40, 300, 3000])
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "bf16"])
-@pytest.mark.parametrize("mapped", [False, True])
-def test_the_launches_of_the_steps(monkeypatch, tokens, name, mapped):
+@pytest.mark.parametrize(("mapped", "inputs"), [(False, None), (True, None), (False, mk.MXFP8), (True, mk.MXFP4)])
+def test_the_launches_of_the_steps(monkeypatch, tokens, name, mapped, inputs):
     pytest.importorskip("triton")
-    layer, (x, ids, weights) = make_layer(name, bias=tokens != 40, mapped=mapped), make_input(tokens)
+    layer = make_layer(name, bias=tokens != 40, mapped=mapped, inputs=inputs)
+    x, ids, weights = make_input(tokens)
     given = {t.data_ptr() for t in (x, ids, weights, *layer.tensors.values())}
     ledger = Ledger(monkeypatch)
     assert layer.launch(x, ids, weights) is None  # nothing is compiled yet
-    assert ledger.take() == []
+    assert len(ledger.take()) == (inputs is not None)  # x is quantized and dequantized
     steps(layer, x, ids, weights)
     want = ledger.take()
     out = layer.launch(x, ids, weights)
@@ -100,6 +104,8 @@ def test_the_launches_of_the_steps(monkeypatch, tokens, name, mapped):
     assert out.shape == x.shape
     assert out.dtype == x.dtype
     assert [run for run, _ in got] == [run for run, _ in want]
+    if inputs is not None:
+        want, got = want[1:], got[1:]
     assert got[-1][1][-1] == out.data_ptr()
     for (run, theirs), (_, ours) in zip(want, got, strict=True):
         for parameter, a, b in zip(run.kernel.arg_names, theirs, ours):
@@ -141,6 +147,7 @@ def test_one_plan_for_layers_of_one_shape(monkeypatch):
     a, b, c = make_layer(), make_layer(), make_layer(bias=False)
     assert a.key is b.key
     assert a.key is not c.key
+    assert a.key is not make_layer(inputs=mk.MXFP8).key
 
 
 def test_refuses_where_the_steps_must_run():
@@ -152,10 +159,10 @@ def test_refuses_where_the_steps_must_run():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("mapped", "inputs"), [(False, None), (True, None), (False, mk.MXFP8), (True, mk.MXFP4)])
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3", "nvfp4", "bf16"])
-def test_same_bits(name, mapped):
-    layer = make_layer(name, mapped=mapped, device="cuda")
+def test_same_bits(name, mapped, inputs):
+    layer = make_layer(name, mapped=mapped, device="cuda", inputs=inputs)
     for tokens in (1, 7, 64, 1000, 3000):
         x, ids, weights = make_input(tokens, "cuda")
         want = steps(layer, x, ids, weights)

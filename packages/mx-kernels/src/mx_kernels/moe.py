@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .dispatch import direct, kernels
 from .epilogue import Activation
+from .formats import Format
 from .packing import PackedWeight
+from .quantize import quantize_dequantize
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,8 @@ class PackedLayer:
     """The operands of an MoE layer's five steps that stay the same from call to call.
 
     w13: [E, 2I or I, H], w2: [E, H, I], of ``pack``; biases: [E, 2I or I] and [E, H]; expert_map: int32 [E_global]. All of them were
-    checked by the caller: a layer launches what the steps would, it does not repeat what they refuse.
+    checked by the caller: a layer launches what the steps would, it does not repeat what they refuse. inputs: an MX format that
+    both products' inputs are quantized to and back, by its default rule, as ``quantize_dequantize`` and ``Epilogue.round_to`` do.
     """
 
     w13: PackedWeight
@@ -32,6 +35,7 @@ class PackedLayer:
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     expert_map: Tensor | None = None
+    inputs: Format | None = None
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -46,7 +50,7 @@ class PackedLayer:
         """What a plan depends on: equal for layers of one shape."""
         w13, w2 = self.w13, self.w2
         facts = tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in self.tensors.items())
-        formats = (w13.format, w2.format, w13.gated, w13.layout, w2.gated)
+        formats = (w13.format, w2.format, w13.gated, w13.layout, w2.gated, self.inputs)
         return _token((facts, w13.shape, w2.shape, *formats, self.activation))
 
     def launch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:  # [T, H], [T, k], [T, k] -> [T, H]
@@ -67,6 +71,8 @@ class PackedLayer:
             return None
         if not (ids.is_contiguous() and weights.is_contiguous() and ids.device == weights.device == x.device):
             return None
+        if self.inputs is not None:
+            x = quantize_dequantize(x, self.inputs)
         out: Tensor | None = kernels("moe").launch(self, x, ids, weights)
         return out
 

@@ -100,7 +100,7 @@ def _plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> _Plan:
         shapes = (torch.empty(sort.sizes[name], dtype=torch.int32, device="meta") for name in where)
         tiles = Alignment(ids, experts, rows, *shapes, expert_map)
     h = torch.empty((pairs, width), dtype=dtype, device=device)
-    first = Epilogue(layer.w13_bias, layer.activation)
+    first = Epilogue(layer.w13_bias, layer.activation, round_to=layer.inputs)
     one = grouped_gemm.plan_packed(*flat_product(x, w13, tiles, k, first, None, dtype))
     two = grouped_gemm.plan_packed(*flat_product(h, w2, tiles, 1, Epilogue(layer.w2_bias), weights, dtype))
     for product, source, w, result in ((one, "x", "w13", "h"), (two, "h", "w2", "y")):

@@ -51,14 +51,15 @@ class FusedExperts(ExpertsBase):
         self._w2 = mk.pack(weights.w2)
         self._w13_bias, self._w2_bias = bias, weights.w2_bias
         self._layer = mk.PackedLayer(
-            self._w13, self._w2, self.activation, self._w13_bias, self._w2_bias, self.expert_map
+            *(self._w13, self._w2, self.activation, self._w13_bias, self._w2_bias, self.expert_map),
+            inputs=self.inputs.requantize(),
         )
         self._input_format_and_scales = weights.input_format, weights.w13_input_scale, weights.w2_input_scale
 
     def _forward(self, x: Tensor, routing: Routing) -> Tensor:  # [T, H] -> [T, H]
         """All launches at once where nothing but the layer itself is to be done, else the five steps."""
         out = None
-        if self.inputs.format is None and not self.router_weight_on_input:
+        if self.inputs.format is self._layer.inputs and not self.router_weight_on_input:
             out = self._layer.launch(x, routing.ids, routing.weights)
         return super()._forward(x, routing) if out is None else out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -104,13 +105,26 @@ def test_failures_of_the_harness_are_shown_and_never_compared(report, tmp_path):
     wrong = {**measured("humming_mxfp4", 1.0), "ok": False, "err": 0.7}
     fails = {"shape": "qwen3-30b-a3b", "peer": "marlin_mxfp4", "fmt": "mxfp4", "T": 4, "fail": "out of memory"}
     skipped = {"shape": "qwen3-30b-a3b", "peer": "tk_mxfp4", "T": 4, "skipped": "deadline"}
-    rows = [wrong, fails, skipped, {"done": True}, measured("mx_mxfp4", 10.0), measured("tk_mxfp4_norouting", 15.0)]
+    nan = {**measured("tk_mxfp4_logits", 1.0), "ok": False, "err": math.nan}
+    rows = [
+        wrong,
+        fails,
+        skipped,
+        nan,
+        {"done": True},
+        measured("mx_mxfp4", 10.0),
+        measured("tk_mxfp4_norouting", 15.0),
+    ]
     where, cells = report.load([harness(tmp_path, rows)])
     assert {c["name"]: c.get("failed") for c in cells} == {
-        "humming_mxfp4": "error 7.0e-01", "marlin_mxfp4": "out of memory", "mx_mxfp4": None, "tk_mxfp4_norouting": None,
+        "humming_mxfp4": "error 7.0e-01", "marlin_mxfp4": "out of memory", "tk_mxfp4_logits": "error nan",
+        "mx_mxfp4": None, "tk_mxfp4_norouting": None,
     }  # fmt: skip
-    assert report.speed_up(cells[2], cells) == 1.5
-    text = report.markdown(where, cells)
+    assert report.speed_up(next(c for c in cells if c["name"] == "mx_mxfp4"), cells) == 1.5
+    text = report.markdown(where | {"note": "of an old kernel"}, cells)
+    assert "\n\nof an old kernel\n\n" in text
+    report.write(where, cells, tmp_path / "out")
+    assert "NaN" not in (tmp_path / "out" / "moe.json").read_text()
     assert "out of memory" in text
     assert "1.50 tk_mxfp4_norouting" in text
     assert "2026-11-25; read 4000 GB/s" in text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import types
 from dataclasses import replace
 
 import pytest
@@ -164,6 +165,18 @@ def test_everything_that_is_chosen_on_hopper(aot, launched, name, block, config)
     loops = [loop for loop in made.loops() if any(line.startswith("HGMMA") for line in loop)]
     assert len(loops) == c["LEVELS"]
     assert not [line for loop in loops for line in loop if line.startswith("STL")], "a spill in a K loop"
+
+
+@pytest.mark.parametrize(
+    ("version", "waits"), [("12.4", True), ("12.8.93", True), ("12.9", False), ("13.0", False), ("", True)]
+)
+def test_an_unknown_ptxas_is_waited_for_like_an_old_one(monkeypatch, version, waits):
+    from triton.backends.nvidia import compiler
+
+    monkeypatch.setattr(compiler, "get_ptxas", lambda arch: types.SimpleNamespace(version=version))
+    assert takes_registers.__wrapped__() == waits
+    monkeypatch.delattr(compiler, "get_ptxas")
+    assert takes_registers.__wrapped__()
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])

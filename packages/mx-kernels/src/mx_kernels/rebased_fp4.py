@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from .formats import E2M1, E4M3
 from .reference.elements import decode, encode
+from .reference.rebase import octaves_of_room
 
 OCTAVES = 12
 """Block scales of a row that are exact: its largest and the eleven powers of two below it."""
@@ -57,7 +58,7 @@ def unpack_fp4(data: Tensor, octaves: Tensor, n: int, k: int) -> Tensor:
     magnitudes = torch.stack((w & 7, (w >> 4) & 7), -1).flatten(-2)
     codes = magnitudes | (torch.cat((w >> 7, (w >> 3) & 1), -1) << 3)
     codes = codes.unflatten(-1, (2, 4)).permute(0, 2, 5, 3, 1, 6, 7, 4, 8).reshape(experts, strips * 16, tiles * 64)
-    octave = octaves.transpose(1, 2).flatten(2).int()[..., : tiles * 2] - 5
+    octave = octaves.transpose(1, 2).flatten(2).int()[..., : tiles * 2] + octaves_of_room(E2M1) - (OCTAVES - 1)
     factor = torch.ldexp(torch.ones_like(octave, dtype=torch.float32), octave)
     values = decode(codes, E2M1).unflatten(-1, (-1, 32)) * factor[..., None]
     return encode(values.flatten(-2)[:, :n, :k], E4M3)

@@ -25,7 +25,7 @@ from ..tuned import config_for
 from ..tuning import SHARED, UNITS, Config, Problem
 from .dot import packed_dot
 from .epilogue import outputs, store
-from .launch import Launch, takes_registers
+from .launch import Launch, takes_registers, target
 
 SORTED: tl.constexpr = tl.constexpr(0)
 PAIR: tl.constexpr = tl.constexpr(1)
@@ -290,10 +290,9 @@ def _facts(device: torch.device) -> tuple[int, int, bool, bool]:
     """(multiprocessors, bytes of shared memory a program may have, programmatic dependent launch, wgmma)."""
     if device.type != "cuda":
         return UNITS, SHARED, False, device.type == "meta"
-    p = torch.cuda.get_device_properties(device)
+    t = target(device)
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    nvidia = torch.version.hip is None
-    return p.multi_processor_count, shared, nvidia and p.major >= 9, nvidia and p.major == 9
+    return t.units, shared, t.pdl, t.wgmma
 
 
 def grouped_gemm_packed(

@@ -47,7 +47,8 @@ def target(device: torch.device) -> Target:
 
 @functools.cache
 def takes_registers() -> bool:
-    """Whether Triton's ptxas (12.8 and older) takes registers that a warpgroup product still reads (``dot.py``)."""
+    """Whether Triton's ptxas takes registers that a warpgroup product still reads (``dot.py``): 12.8 and older do, and one that
+    does not tell its version may."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 

@@ -27,19 +27,16 @@ def octaves_of_room(element: Element) -> int:
     return math.floor(math.log2(E4M3.max / element.max))
 
 
-def rebased(codes: Tensor, scale: Tensor, element: Element) -> tuple[Tensor, Tensor]:
-    """Codes [..., K] and E8M0 bytes [..., K/32] -> E4M3 codes [..., K] (uint8) and float32 scales [...].
+def rebased(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """MXFP8's codes [..., K] and E8M0 bytes [..., K/32] -> E4M3 codes [..., K] (uint8) and float32 scales [...].
 
-    Elements with less range than E4M3 use all of it: E2M1's 6 becomes 6 * 2^6, so 14 octaves of block scales are exact.
     A row with a NaN scale (255) gets the scale NaN.
     """
-    lift = octaves_of_room(element)
     top = scale.amax(-1)
-    down = scale.to(torch.int32) - top[..., None].to(torch.int32) + lift
+    down = scale.to(torch.int32) - top[..., None].to(torch.int32)
     factor = ((down + 127).clamp(min=0) << 23).view(torch.float32)  # 2^down; far below E4M3's range it is 0
-    value = decode(codes, element).unflatten(-1, (-1, 32)) * factor[..., None]
-    row = scale_to_float(top) * 2.0**-lift
-    return encode(value.flatten(-2), E4M3), row
+    value = decode(codes, E4M3).unflatten(-1, (-1, 32)) * factor[..., None]
+    return encode(value.flatten(-2), E4M3), scale_to_float(top)
 
 
 def rebase_rows(
@@ -55,7 +52,7 @@ def rebase_rows(
     live = (slot < num_padded) & (sorted_ids < num_pairs)
     rows = (torch.where(live, sorted_ids, 0) // top_k).long() if gather else slot
     q = quantize(x, MXFP8)
-    data, scale = rebased(unpack_codes(q.data, MXFP8), q.scale, E4M3)
+    data, scale = rebased(unpack_codes(q.data, MXFP8), q.scale)
     data = torch.where(live[:, None], data[rows], 0) if x.shape[0] else data.new_zeros((slot.numel(), x.shape[1]))
     return data.to(torch.uint8), torch.where(live, scale[rows], 0.0) if x.shape[0] else scale.new_zeros(slot.numel())
 

@@ -57,7 +57,8 @@ class FusedExperts(ExpertsBase):
         self._input_format_and_scales = weights.input_format, weights.w13_input_scale, weights.w2_input_scale
 
     def _forward(self, x: Tensor, routing: Routing) -> Tensor:  # [T, H] -> [T, H]
-        """All launches at once where nothing but the layer itself is to be done, else the five steps."""
+        """All launches at once where nothing but the layer itself is to be done, else the five steps: also for inputs in NVFP4, whose
+        global scales are no part of it."""
         out = None
         if self.inputs.format is self._layer.inputs and not self.router_weight_on_input:
             out = self._layer.launch(x, routing.ids, routing.weights)

@@ -9,9 +9,6 @@ few 2^-23), and the output's one rounding (2^-9 relative for bf16, 2^-12 for fp1
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -363,12 +360,12 @@ for i, (xk, wk, block, act, to) in enumerate(cases):
     else:  # a result on a rounding boundary may fall to either side
         assert (got[kept] != want.data[kept]).float().mean() < 0.01
         assert (scale[kept] != want.scale[kept]).float().mean() < 0.01
-print("as the reference")
+print("right")
 """
 
 
 @pytest.mark.compile
-def test_interpreted():
+def test_interpreted(interpreted):
     """Rows, experts, tails, both routings, gate and up, packing, on the CPU: full float32, since the interpreter has no bf16."""
     triton = pytest.importorskip("triton")
     import numpy
@@ -377,12 +374,4 @@ def test_interpreted():
         pytest.skip("the interpreter of Triton 3.9 refuses masks that a scalar comparison went into")
     if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "as the reference"
+    interpreted(INTERPRETED)

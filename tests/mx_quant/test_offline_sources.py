@@ -234,6 +234,10 @@ def test_the_disk_reads_ahead_while_an_accelerator_starts(checkpoints, tmp_path,
     early = [a for a in asked if not a[3]]
     with ShardReader(src) as reader:
         first = sorted(reader.tensors.values(), key=lambda i: (i.file, i.start))
+        asked.clear()
+        with offline._asking_ahead(reader, "cpu"):
+            pass
+        assert asked == []
     assert [a[:3] for a in early] == [(i.file, i.start, i.nbytes) for i in first[: len(early)]]
     assert sum(a[2] for a in early[:-1]) < 5000 <= sum(a[2] for a in early)
     for a, b in zip(sorted((tmp_path / "cpu").iterdir()), sorted((tmp_path / "gpu").iterdir()), strict=True):

@@ -265,7 +265,7 @@ class _Halves(_Values):
         torch.bitwise_right_shift(self.two, _16[3], out=self.pairs)
         self.two.bitwise_or_(self.pairs).bitwise_and_(
             _16[0x0F0F]
-        )  # the sign, now in bits 6 and 7 of a byte, comes to bit 3
+        )  # the sign, in bits 6 and 7 of a byte, comes to bit 3
         torch.bitwise_right_shift(self.two, _16[4], out=self.pairs)
         out.copy_(self.pairs.bitwise_or_(self.two))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def _deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # a process may recompile a function eight times, and tests share some
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # workers of pytest-xdist share the device
 

@@ -157,9 +157,8 @@ def rebased() -> None:
             w13, w2 = weights_of(fmt)
             tiles = mk.moe_align_block_size(ids, block, EXPERTS, sort=True)
             with filled_memory():
-                rows = mk.rebase_rows(x, tiles, top_k=TOP_K, gather=True)
-                epilogue = mk.Epilogue(activation=SWIGLU_OAI)
-                h = mk.grouped_gemm_rebased(rows, mk.rebase(w13, gated=True), tiles, epilogue=epilogue)
+                rows, epilogue = mk.rebase_rows(x), mk.Epilogue(activation=SWIGLU_OAI, requantize_to=mk.MXFP8)
+                h = mk.grouped_gemm_rebased(rows, mk.rebase(w13, gated=True), tiles, top_k=TOP_K, epilogue=epilogue)
                 y = mk.grouped_gemm_rebased(mk.rebase_rows(h, tiles), mk.rebase(w2), tiles, scatter=True)
             finite(mk.combine(y, tiles))
 

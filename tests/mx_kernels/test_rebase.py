@@ -33,6 +33,11 @@ def _inputs(device="cpu", tokens=37, experts=5, top_k=2, hidden=96, width=64, fm
     return x, w13, w2, ids, mk.moe_align_block_size(ids, block_size, experts)
 
 
+def _gathered(x: torch.Tensor, tiles: mk.Alignment, top_k: int) -> torch.Tensor:
+    """x [T, K] in tile order; slots without a pair hold token 0."""
+    return x[torch.where(tiles.sorted_ids < tiles.num_pairs, tiles.sorted_ids, 0).long() // top_k]
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_rebase_is_exact_within_the_range_of_e4m3(fmt, gated):
@@ -104,16 +109,22 @@ def test_fp4_codes_come_back(seed, rows, blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rebase_rows_gathers_into_tile_order(dtype):
+def test_rebase_rows(dtype):
+    """Within half of E4M3's smallest step under the row's scale of MXFP8's values; from codes the same; with a tile list its pairs alone."""
     x, _, _, ids, tiles = _inputs()
-    data, scale = mk.rebase_rows(x.to(dtype), tiles, top_k=2, gather=True)
-    exact = mk.quantize_dequantize(x.to(dtype).float(), mk.MXFP8)
-    for slot, pair in enumerate(tiles.sorted_ids.tolist()):
-        row = data[slot].float() * scale[slot]
-        if pair < ids.numel():
-            torch.testing.assert_close(row, exact[pair // 2], rtol=0, atol=scale[slot].item() * 2**-10)
-        else:
-            assert not row.any()
+    x = x.to(dtype)
+    data, scale = mk.rebase_rows(x)
+    exact = mk.quantize_dequantize(x.float(), mk.MXFP8)
+    assert ((data.float() * scale[:, None] - exact).abs() <= scale[:, None] * 2**-10).all()
+    from_codes = mk.rebase_rows(mk.quantize(x, mk.MXFP8))
+    assert torch.equal(from_codes[0].view(torch.uint8), data.view(torch.uint8))
+    assert torch.equal(from_codes[1], scale)
+    slots = torch.randn(tiles.sorted_ids.numel(), 96).to(dtype)
+    listed, whole = mk.rebase_rows(slots, tiles), mk.rebase_rows(slots)
+    live = tiles.sorted_ids < ids.numel()
+    assert torch.equal(listed[0].view(torch.uint8)[live], whole[0].view(torch.uint8)[live])
+    assert torch.equal(listed[1][live], whole[1][live])
+    assert not listed[0].view(torch.uint8)[~live].any()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -123,33 +134,33 @@ def test_grouped_gemm_rebased_against_float64(fmt, act):
     x, w13, _, ids, tiles = _inputs(fmt=fmt)
     w = mk.rebase(w13, gated=act is not None)
     bias, weight = torch.randn(5, 128), torch.rand(ids.numel())
-    rows = mk.rebase_rows(x, tiles, top_k=2, gather=True)
-    y = mk.grouped_gemm_rebased(
-        rows, w, tiles, epilogue=mk.Epilogue(bias, act, weight), scatter=True, out_dtype=torch.float32
-    )
-    in_tile_order = mk.grouped_gemm_rebased(
-        rows, w, tiles, epilogue=mk.Epilogue(bias, act, weight), out_dtype=torch.float32
-    )
+    rows = mk.rebase_rows(x)
+    epilogue = mk.Epilogue(bias, act, weight)
+    y = mk.grouped_gemm_rebased(rows, w, tiles, top_k=2, epilogue=epilogue, scatter=True, out_dtype=torch.float32)
+    slots = mk.rebase_rows(_gathered(x, tiles, 2), tiles)
+    in_tile_order = mk.grouped_gemm_rebased(slots, w, tiles, epilogue=epilogue, out_dtype=torch.float32)
+    codes = mk.grouped_gemm_rebased(rows, w, tiles, top_k=2, epilogue=replace(epilogue, requantize_to=mk.MXFP8))
+    quantized = mk.quantize(y, mk.MXFP8)
     value = (rows[0].float() * rows[1][:, None]).double()
     weights = _value(w).double()
     for slot, pair in enumerate(tiles.sorted_ids.tolist()):
         if pair >= ids.numel():
             continue
         e = ids.flatten()[pair]
-        acc = weights[e] @ value[slot] + bias[e].double()
+        acc = weights[e] @ value[pair // 2] + bias[e].double()
         want = reference.activated(acc, act) if act else acc
         torch.testing.assert_close(y[pair].double(), want * weight[pair].double(), rtol=1e-5, atol=1e-5)
         assert torch.equal(y[pair], in_tile_order[slot])
+        assert torch.equal(codes.data[slot].view(torch.uint8), quantized.data[pair].view(torch.uint8))
+        assert torch.equal(codes.scale[slot], quantized.scale[pair])
 
 
 def test_layer_is_close_to_exact_mxfp8():
     """A whole layer against exact MXFP8 x MXFP8: nearer than bf16's rounding of its output (2^-9)."""
     x, w13, w2, _, tiles = _inputs(tokens=64, hidden=256, width=128, block_size=32)
     act = mk.Activation("silu")
-    h = mk.grouped_gemm_rebased(
-        mk.rebase_rows(x, tiles, top_k=2, gather=True), mk.rebase(w13, gated=True), tiles,
-        epilogue=mk.Epilogue(activation=act), out_dtype=torch.float32,
-    )  # fmt: skip
+    epilogue = mk.Epilogue(activation=act, requantize_to=mk.MXFP8)
+    h = mk.grouped_gemm_rebased(mk.rebase_rows(x), mk.rebase(w13, gated=True), tiles, top_k=2, epilogue=epilogue)
     y = mk.grouped_gemm_rebased(mk.rebase_rows(h, tiles), mk.rebase(w2), tiles, scatter=True, out_dtype=torch.float32)
     hx = mk.grouped_gemm(
         mk.quantize(x, mk.MXFP8), w13, tiles, top_k=2, epilogue=mk.Epilogue(activation=act), out_dtype=torch.float32
@@ -161,15 +172,20 @@ def test_layer_is_close_to_exact_mxfp8():
 @pytest.mark.parametrize("fmt", [mk.MXFP8, mk.MXFP4], ids=str)
 def test_ops_trace_and_check(fmt):
     x, w13, _, _, tiles = _inputs(tokens=8, fmt=fmt)
-    args = (x, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, 2, True)
-    torch.library.opcheck(torch.ops.mx_kernels.rebase_rows.default, args)
-    data, scale = mk.rebase_rows(x, tiles, top_k=2, gather=True)
+    q = mk.quantize(_gathered(x, tiles, 2), mk.MXFP8)
+    for args in (
+        (x, None, None, None, 0),
+        (q.data.view(torch.uint8), q.scale, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs),
+    ):
+        torch.library.opcheck(torch.ops.mx_kernels.rebase_rows.default, args)
+    data, scale = mk.rebase_rows(x)
     w = mk.rebase(w13)
-    args = (
-        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.octaves, w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
-        tiles.num_padded, tiles.block_size, None, "", 0.0, 0.0, 0.0, None, True, True, torch.float32,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.mx_kernels.grouped_gemm_rebased.default, args)
+    for quantize in (False, True):
+        args = (
+            data.view(torch.uint8), scale, w.data.view(torch.uint8), w.octaves, w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
+            tiles.num_padded, tiles.block_size, 2, None, "", 0.0, 0.0, 0.0, None, True, True, quantize, torch.float32,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.mx_kernels.grouped_gemm_rebased.default, args)
 
 
 def test_bad_input():
@@ -188,13 +204,18 @@ def test_bad_input():
         mk.rebase_rows(x.int(), tiles)
     with pytest.raises(ValueError, match="one per slot"):
         mk.rebase_rows(x, tiles)
-    with pytest.raises(ValueError, match="pairs"):
-        mk.rebase_rows(x, tiles, top_k=3, gather=True)
-    rows = mk.rebase_rows(x, tiles, top_k=2, gather=True)
+    with pytest.raises(ValueError, match="x is mxfp4, needs mxfp8_e4m3"):
+        mk.rebase_rows(mk.quantize(x, mk.MXFP4))
+    with pytest.raises(ValueError, match="must agree"):
+        mk.grouped_gemm_rebased(mk.rebase_rows(x), w, tiles, top_k=3)
+    with pytest.raises(ValueError, match="or top_k"):
+        mk.grouped_gemm_rebased(mk.rebase_rows(x), w, tiles)
+    rows = mk.rebase_rows(_gathered(x, tiles, 2), tiles)
     with pytest.raises(ValueError, match="gated=False"):
         mk.grouped_gemm_rebased(rows, w, tiles, epilogue=mk.Epilogue(activation=SWIGLU_OAI))
-    with pytest.raises(ValueError, match="does not requantize"):
-        mk.grouped_gemm_rebased(rows, w, tiles, epilogue=mk.Epilogue(requantize_to=mk.MXFP8))
+    for epilogue in (mk.Epilogue(requantize_to=mk.MXFP4), mk.Epilogue(round_to=mk.MXFP8)):
+        with pytest.raises(ValueError, match="requantizes to mxfp8_e4m3"):
+            mk.grouped_gemm_rebased(rows, w, tiles, epilogue=epilogue)
     with pytest.raises(ValueError, match="silu or swiglu_oai"):
         mk.grouped_gemm_rebased(
             rows, mk.rebase(w13, gated=True), tiles, epilogue=mk.Epilogue(activation=mk.Activation("gelu"))
@@ -212,28 +233,28 @@ def test_rebase_rows_kernel_is_bit_exact(k, dtype):
     ).repeat_interleave(32, -1)
     x[0] = 0
     x[1, 5], x[2, 7] = float("nan"), float("inf")
-    ids = torch.randint(0, 7, (301, 1), device="cuda", dtype=torch.int32)
-    tiles = mk.moe_align_block_size(ids, 64, 7)
-    live = (tiles.sorted_ids < 301) & (torch.arange(tiles.sorted_ids.numel(), device="cuda") < tiles.num_padded)
-    got = mk.rebase_rows(x.to(dtype), tiles, gather=True)
-    want = reference.rebase_rows(x.to(dtype), tiles.sorted_ids, tiles.num_padded, 301, 1, True)
-    finite = live & want[1].isfinite()
-    assert torch.equal(got[0].view(torch.uint8)[finite], want[0][finite])
-    assert torch.equal(got[1][live].nan_to_num(-1), want[1][live].nan_to_num(-1))
+    x = x.to(dtype)
+    from_codes = mk.quantize(x, mk.MXFP8)
+    for given, args in ((x, (x, None)), (from_codes, (from_codes.data.view(torch.uint8), from_codes.scale))):
+        got, want = mk.rebase_rows(given), reference.rebase_rows(*args, None, None, 0)
+        finite = want[1].isfinite()
+        assert torch.equal(got[0].view(torch.uint8)[finite], want[0][finite])
+        assert torch.equal(got[1].nan_to_num(-1), want[1].nan_to_num(-1))
+    tiles = mk.moe_align_block_size(torch.randint(0, 7, (90, 1), device="cuda", dtype=torch.int32), 16, 7, sort=True)
+    slots = x[torch.arange(tiles.sorted_ids.numel(), device="cuda") % 301]
+    listed, whole = mk.rebase_rows(slots, tiles), mk.rebase_rows(slots)
+    live = (tiles.sorted_ids < 90) & (torch.arange(len(slots), device="cuda") < tiles.num_padded)
+    assert torch.equal(listed[0].view(torch.uint8)[live], whole[0].view(torch.uint8)[live])
+    assert torch.equal(listed[1][live].nan_to_num(-1), whole[1][live].nan_to_num(-1))
 
 
 @pytest.mark.gpu
 def test_rebase_rows_beyond_32_bits():
     x = torch.empty(2**20 + 3, 2080, dtype=torch.bfloat16, device="cuda").normal_()  # 2.2e9 values
     last = x[-1000:].clone()
-    got, want = (
-        mk.rebase_rows(
-            t, mk.moe_align_block_size(torch.zeros(len(t), 1, device="cuda").int(), 16, 1, sort=True), gather=True
-        )
-        for t in (x, last)
-    )
-    assert torch.equal(got[0].view(torch.uint8)[len(x) - 1000 : len(x)], want[0].view(torch.uint8)[:1000])
-    assert torch.equal(got[1][len(x) - 1000 : len(x)], want[1][:1000])
+    got, want = mk.rebase_rows(x), mk.rebase_rows(last)
+    assert torch.equal(got[0].view(torch.uint8)[-1000:], want[0].view(torch.uint8))
+    assert torch.equal(got[1][-1000:], want[1])
 
 
 @pytest.mark.gpu
@@ -251,20 +272,28 @@ def test_grouped_gemm_rebased_kernel(block_size, promote, act, fmt):
     )
     w = mk.rebase(w13, gated=act is not None)
     weight, bias = torch.rand(ids.numel(), device="cuda"), torch.randn(9, 832, device="cuda")
-    rows = mk.rebase_rows(x, tiles, top_k=3, gather=True)
+    rows = mk.rebase_rows(x)
+    slots = mk.rebase_rows(_gathered(x, tiles, 3), tiles)
     epilogue = mk.Epilogue(bias, act, weight)
-    want = reference.grouped_gemm_rebased(
-        rows[0].view(torch.uint8), rows[1], w.codes().view(torch.uint8), w.scale, tiles, epilogue, True, torch.float32
+    want, _ = reference.grouped_gemm_rebased(
+        rows[0].view(torch.uint8), rows[1], w.codes().view(torch.uint8), w.scale, tiles, 3, epilogue, True, torch.float32
     )
-    for scatter in (True, False):
-        y = mk.grouped_gemm_rebased(
-            rows, w, tiles, epilogue=epilogue, scatter=scatter, promote=promote, out_dtype=torch.float32
-        )
+    options = {"promote": promote, "out_dtype": torch.float32}
+    for scatter, given, top_k in ((True, rows, 3), (False, rows, 3), (True, slots, None), (False, slots, None)):
+        y = mk.grouped_gemm_rebased(given, w, tiles, top_k=top_k, epilogue=epilogue, scatter=scatter, **options)
         if not scatter:
             live = (tiles.sorted_ids < ids.numel()) & (torch.arange(y.shape[0], device="cuda") < tiles.num_padded)
             y = torch.zeros_like(want).index_copy(0, tiles.sorted_ids[live].long(), y[live])
         error = ((y.double() - want.double()).norm() / want.double().norm()).item()
         assert error < (2**-11 if promote else 2**-9) * (2 if act else 1)
+        if not scatter:  # the same sums, so the same codes
+            q = mk.grouped_gemm_rebased(
+                given, w, tiles, top_k=top_k, epilogue=replace(epilogue, requantize_to=mk.MXFP8), promote=promote
+            )
+            sums = mk.grouped_gemm_rebased(given, w, tiles, top_k=top_k, epilogue=epilogue, **options)
+            whole = mk.quantize(sums[live], mk.MXFP8)
+            assert torch.equal(q.data.view(torch.uint8)[live], whole.data.view(torch.uint8))
+            assert torch.equal(q.scale[live], whole.scale)
 
 
 @pytest.mark.gpu
@@ -288,29 +317,29 @@ def test_fp4_decoding_is_exact(monkeypatch, block_size, ptx, k):
     ids = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(k)[:, None]
     tiles = mk.moe_align_block_size(ids, block_size, experts, sort=True)
     x = torch.eye(k, device="cuda").repeat(experts, 1)
-    rows = mk.rebase_rows(x, tiles, gather=True)
-    y = mk.grouped_gemm_rebased(rows, r, tiles, scatter=True, out_dtype=torch.float32)
+    y = mk.grouped_gemm_rebased(mk.rebase_rows(x), r, tiles, top_k=1, scatter=True, out_dtype=torch.float32)
     assert torch.equal(y.unflatten(0, (experts, k)).transpose(1, 2), mk.dequantize(w, torch.float32))
 
 
-def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
+def _compiled(block_m, promote, gated, fp4=False, target="sm_90", even=False, **options):
+    """gated: GEMM 1, that is tokens gathered, and a result quantized; otherwise GEMM 2, rows in tile order and a result by pair."""
     from mx_kernels.kernels import rebased
     from mx_kernels.kernels.launch import takes_registers
 
     from .aot import compile_kernel
 
-    config = {**rebased.tile_config(block_m, promote, fp4), **options}
+    config = {**rebased.tile_config(block_m, promote, fp4, gated), **options}
     bn = config.pop("BN")
     signature = {
-        "x_desc": f"tensordesc<fp8e4nv[{block_m},128]>", "w_desc": "*i32" if fp4 else f"tensordesc<fp8e4nv[{bn},128]>",
-        "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32", "w_scale": "*fp32", "y": "*bf16", "y_stride": "i32",
-        "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32", "n_pairs": "i32",
-        "N": "i32", "N_OUT": "i32", "K": "i32",
+        "x": "*fp8e4nv" if gated else f"tensordesc<fp8e4nv[{block_m},128]>",
+        "w": "*i32" if fp4 else f"tensordesc<fp8e4nv[{bn},128]>", "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32",
+        "w_scale": "*fp32", "y": "*fp8e4nv" if gated else "*bf16", "y_scale": "*u8", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32", "n_pairs": "i32",
+        "N": "i32", "N_OUT": "i32", "K": "i32", "top_k": "i32",
     }  # fmt: skip
     constants = {
         "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
-        "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), "BIAS": gated, "WEIGHTED": not gated,
-        "SCATTER": not gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0, "LIMIT": 7.0,
+        "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), "GATHER": gated, "EVEN": even,
+        "BIAS": gated, "WEIGHTED": not gated, "SCATTER": not gated, "QUANTIZE": gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0, "LIMIT": 7.0,
     }  # fmt: skip
     return compile_kernel(rebased._grouped_gemm_rebased_kernel, signature, constants, target, **config)
 
@@ -349,24 +378,20 @@ def test_fp4_compiles_where_weights_do_not_come_from_registers(target):
 @pytest.mark.compile
 @pytest.mark.parametrize("k", [32, 768, 2880, 14336])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_rebase_rows_compiles(aot, dtype, k):
+@pytest.mark.parametrize("codes", [False, True], ids=["values", "codes"])
+def test_rebase_rows_compiles(aot, dtype, k, codes):
     """FP8 conversions by the hardware, whole rows in registers without a spill."""
     from mx_kernels.kernels import rebased
 
     first, rest = rebased._split(k)
     signature = {
-        "x": f"*{dtype}",
-        "x_stride": "i32",
-        "out": "*fp8e4nv",
-        "scale": "*fp32",
-        "rows": "*i32",
-        "num_rows": "*i32",
-    }
-    signature |= {"n_pairs": "i32", "top_k": "i32"}
-    constants = {"K": k, "FIRST": first, "REST": rest, "GATHER": True}
-    warps = max(1, min(8, first // 512))
+        "x": "*fp8e4nv" if codes else f"*{dtype}", "x_stride": "i32", "x_scale": "*u8", "out": "*fp8e4nv", "scale": "*fp32",
+        "sorted_ids": "*i32", "num_padded": "*i32", "n_pairs": "i32",
+    }  # fmt: skip
+    constants = {"K": k, "FIRST": first, "REST": rest, "CODES": codes, "LISTED": codes}
+    warps = max(1, min(8, first // (1024 if codes else 512)))
     made = aot.compile_kernel(
-        rebased._rebase_rows_kernel, signature, constants, "sm_90", unaligned=("n_pairs", "top_k"), num_warps=warps
+        rebased._rebase_rows_kernel, signature, constants, "sm_90", unaligned=("n_pairs",), num_warps=warps
     )
     assert made.spills == 0
     assert any("F2FP" in name and "E4M3" in name for name in made.opcodes(full=True))

@@ -28,6 +28,7 @@ from .dispatch import (
     direct,
     flat_activation,
     has_triton,
+    requantized,
     whole_activation,
 )
 from .epilogue import Epilogue
@@ -164,73 +165,78 @@ def _rebase(w: QuantizedTensor, gated: bool) -> tuple[Tensor, Tensor | None, Ten
 
 @torch.library.custom_op("mx_kernels::rebase_rows", mutates_args=())
 def _rebase_rows(
-    x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
+    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int
 ) -> tuple[Tensor, Tensor]:
-    return reference.rebase_rows(x, sorted_ids, num_padded, num_pairs, top_k, gather)
+    return reference.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs)
 
 
 @_rebase_rows.register_kernel(("cuda", "xpu"))
 def _rebase_rows_kernel(
-    x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
+    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int
 ) -> tuple[Tensor, Tensor]:
     if not has_triton():
-        return reference.rebase_rows(x, sorted_ids, num_padded, num_pairs, top_k, gather)
+        return reference.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs)
     from .kernels import rebased as kernels
 
-    return kernels.rebase_rows(x, sorted_ids, num_padded, num_pairs, top_k, gather)
+    return kernels.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs)
 
 
 @_rebase_rows.register_fake
 def _(
-    x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
+    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int
 ) -> tuple[Tensor, Tensor]:
-    rows = sorted_ids.shape[0]
-    return x.new_empty((rows, x.shape[1]), dtype=torch.uint8), x.new_empty(rows, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def rebase_rows(x: Tensor, tiles: Alignment, *, top_k: int = 1, gather: bool = False) -> tuple[Tensor, Tensor]:
-    """Quantize activations to MXFP8 (RCEIL) and re-base them, one scale a row, into the order of the tile list.
+def rebase_rows(x: Tensor | QuantizedTensor, tiles: Alignment | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize activations to MXFP8 (RCEIL) and re-base them, one scale a row.
 
-    x: [M, K] bf16, fp16 or fp32; K a multiple of 32. ``gather``: row r of the result is row ``tiles.sorted_ids[r] // top_k`` of x;
-    else x lies in tile order already, [capacity, K]. Returns codes float8_e4m3fn [capacity, K] and scales float32 [capacity];
-    rows that hold no pair are undefined on a GPU. Raises TypeError and ValueError.
+    x: [M, K] bf16, fp16 or fp32, K a multiple of 32; or MXFP8 already. With ``tiles`` x lies in the order of their slots, M = capacity,
+    and rows that hold no pair are undefined on a GPU (zero from the reference). Returns codes float8_e4m3fn [M, K] and scales float32
+    [M]. Raises TypeError and ValueError.
     """
-    check_float(x, "x")
+    if isinstance(x, QuantizedTensor):
+        if x.format != MXFP8:
+            raise ValueError(f"x is {x.format}, needs mxfp8_e4m3 or values: dequantize it first")
+        data, x_scale = bytes_of(x.data).contiguous(), bytes_of(x.scale).contiguous()
+    else:
+        check_float(x, "x")
+        check_last_stride(x, "x")
+        data, x_scale = x, None
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, needs [M, K]: flatten leading dimensions into M")
     MXFP8.check_k(x.shape[1], "K of x")
-    check_last_stride(x, "x")
-    check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
-    check_device(tiles.ids, x.device, "the alignment", "x")
-    if tiles.sorted_ids is None:
-        raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
-    if not gather and x.shape[0] != tiles.sorted_ids.shape[0]:
-        raise ValueError(f"x has {x.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]})")
-    if gather and x.shape[0] * top_k != tiles.num_pairs:
-        raise ValueError(
-            f"x has {x.shape[0]} rows and top_k is {top_k}, but the tile list holds {tiles.num_pairs} pairs"
-        )
-    call = _rebase_rows_kernel if direct(x, tiles.sorted_ids) else _rebase_rows
-    data, scale = call(x, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, top_k, gather)
-    return data.view(torch.float8_e4m3fn), scale
+    sorted_ids, num_padded, num_pairs = None, None, 0
+    if tiles is not None:
+        check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
+        check_device(tiles.ids, x.device, "the alignment", "x")
+        if tiles.sorted_ids is None:
+            raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
+        if x.shape[0] != tiles.sorted_ids.shape[0]:
+            raise ValueError(f"x has {x.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]})")
+        sorted_ids, num_padded, num_pairs = tiles.sorted_ids, tiles.num_padded, tiles.num_pairs
+    call = _rebase_rows_kernel if direct(data) else _rebase_rows
+    codes, scale = call(data, x_scale, sorted_ids, num_padded, num_pairs)
+    return codes.view(torch.float8_e4m3fn), scale
 
 
 _SCHEMA = (
     "(Tensor x, Tensor x_scale, Tensor w, Tensor? w_octaves, Tensor w_scale, Tensor ids, Tensor sorted_ids, Tensor expert_ids,"
-    " Tensor num_padded, int block_size, Tensor? bias, str act, float alpha, float beta, float limit, Tensor? row_weight,"
-    " bool scatter, bool promote, ScalarType out_dtype) -> Tensor"
+    " Tensor num_padded, int block_size, int top_k, Tensor? bias, str act, float alpha, float beta, float limit, Tensor? row_weight,"
+    " bool scatter, bool promote, bool quantize, ScalarType out_dtype) -> (Tensor, Tensor)"
 )
 
 
 def _rebased_product(  # type: ignore[no-untyped-def]
-    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight,
-    scatter, promote, out_dtype,
+    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, top_k, bias, act, alpha, beta, limit,
+    row_weight, scatter, promote, quantize, out_dtype,
 ):  # fmt: skip
-    tiles = Alignment(ids, w.shape[0], block_size, sorted_ids, expert_ids, num_padded)
+    tiles = Alignment(ids, w_scale.shape[0], block_size, sorted_ids, expert_ids, num_padded)
     bias = reference.concatenated_rows(bias) if bias is not None and act else bias
-    epilogue = Epilogue(bias, whole_activation(act, "concatenated", True, alpha, beta, limit), row_weight)
+    activation = whole_activation(act, "concatenated", True, alpha, beta, limit)
+    epilogue = Epilogue(bias, activation, row_weight, MXFP8 if quantize else None)
     codes = _codes(w, w_octaves, w_scale.shape[1], x.shape[1])
-    return reference.grouped_gemm_rebased(x, x_scale, codes, w_scale, tiles, epilogue, scatter, out_dtype)
+    return reference.grouped_gemm_rebased(x, x_scale, codes, w_scale, tiles, top_k, epilogue, scatter, out_dtype)
 
 
 _grouped_gemm_rebased = torch.library.custom_op(
@@ -239,46 +245,45 @@ _grouped_gemm_rebased = torch.library.custom_op(
 
 
 @_grouped_gemm_rebased.register_kernel(("cuda", "xpu"))
-def _grouped_gemm_rebased_kernel(  # type: ignore[no-untyped-def]
-    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight,
-    scatter, promote, out_dtype,
-):  # fmt: skip
+def _grouped_gemm_rebased_kernel(*args):  # type: ignore[no-untyped-def]
     if not has_triton():
-        return _rebased_product(
-            x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit,
-            row_weight, scatter, promote, out_dtype,
-        )  # fmt: skip
+        return _rebased_product(*args)
     from .kernels import rebased as kernels
 
+    x, x_scale, w, w_octaves, w_scale, ids, *tiles, top_k, bias, act, alpha, beta, limit, weight, scatter, promote, quantize, dtype = args
     return kernels.grouped_gemm_rebased(
-        x, x_scale, w, w_octaves, w_scale, sorted_ids, expert_ids, num_padded, block_size, ids.numel(), bias=bias, row_weight=row_weight,
-        scatter=scatter, activation=act, alpha=alpha, beta=beta, limit=limit, promote=promote, out_dtype=out_dtype,
+        x, x_scale, w, w_octaves, w_scale, *tiles, ids.numel(), top_k=top_k, bias=bias, row_weight=weight, scatter=scatter,
+        activation=act, alpha=alpha, beta=beta, limit=limit, promote=promote, quantize=quantize, out_dtype=dtype,
     )  # fmt: skip
 
 
 @_grouped_gemm_rebased.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight,
-    scatter, promote, out_dtype,
+    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, top_k, bias, act, alpha, beta, limit,
+    row_weight, scatter, promote, quantize, out_dtype,
 ):  # fmt: skip
     width = w_scale.shape[1] // 2 if act else w_scale.shape[1]
-    return x.new_empty((ids.numel() if scatter else x.shape[0], width), dtype=out_dtype)
+    rows = ids.numel() if scatter else sorted_ids.shape[0]
+    scale = x.new_empty((rows, width // 32) if quantize else (0,), dtype=torch.uint8)
+    return x.new_empty((rows, width), dtype=torch.uint8 if quantize else out_dtype), scale
 
 
 def grouped_gemm_rebased(
-    x: tuple[Tensor, Tensor],  # [capacity, K], [capacity]
+    x: tuple[Tensor, Tensor],  # [capacity, K], [capacity]; or [T, K], [T] with top_k
     w: RebasedWeight,  # [E, N, K]
     tiles: Alignment,
     *,
+    top_k: int | None = None,
     epilogue: Epilogue | None = None,
     scatter: bool = False,
     promote: bool = True,
     out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:  # [capacity, N_out] or [P, N_out]
+) -> Tensor | QuantizedTensor:  # [capacity, N_out] or [P, N_out]
     """``grouped_gemm`` on what ``rebase_rows`` and ``rebase`` return.
 
-    Row r of the result belongs to slot r of the tile list; with ``scatter``, row p to pair p. Rows without a pair are zero from the
-    reference and undefined on a GPU. Epilogue: bias [E, N], a gated "silu" or "swiglu_oai" (exactly where ``w.gated``), row weight.
+    Row r of x belongs to slot r of the tile list; with ``top_k``, row t to token t, that is to pairs t * top_k and on. Row r of the
+    result belongs to slot r; with ``scatter``, row p to pair p. Rows without a pair are zero from the reference and undefined on a GPU.
+    Epilogue: bias [E, N], a gated "silu" or "swiglu_oai" (exactly where ``w.gated``), row weight, requantize_to MXFP8 by its rule.
     promote: sum in float32 every 128 along K instead of in the matrix unit's accumulator; the reference always does, and so does
     MXFP4 in blocks of fewer than 128 pairs.
     Raises ValueError for shapes, devices, and an epilogue that it does not have; TypeError for dtypes.
@@ -291,7 +296,7 @@ def grouped_gemm_rebased(
     data, scale = x
     if data.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (data.shape[0],):
         raise ValueError(
-            f"x is {data.dtype} {tuple(data.shape)} with scales {tuple(scale.shape)}, needs float8_e4m3fn [capacity, K] with "
+            f"x is {data.dtype} {tuple(data.shape)} with scales {tuple(scale.shape)}, needs float8_e4m3fn [rows, K] with "
             "one float32 scale a row: pass what rebase_rows returns"
         )
     check_float32(scale, "the scale of x")
@@ -304,11 +309,28 @@ def grouped_gemm_rebased(
         raise ValueError(
             f"the re-based product fuses gated, concatenated {' or '.join(REBASED_ACTIVATIONS)}; got {act}"
         )
-    if epilogue.requantize_to is not None or epilogue.round_to is not None:
-        raise ValueError("the re-based product does not requantize: call rebase_rows on its result")
-    if tiles.sorted_ids is None or data.shape[0] != tiles.sorted_ids.shape[0] or data.shape[1] != w.shape[2]:
-        slots = None if tiles.sorted_ids is None else tiles.sorted_ids.shape[0]
-        raise ValueError(f"x is {tuple(data.shape)}, but the tile list has {slots} slots and w is {tuple(w.shape)}")
+    quantize = epilogue.requantize_to is not None
+    n_out = w.shape[1] // 2 if w.gated else w.shape[1]
+    if epilogue.round_to is not None or (
+        quantize and (epilogue.requantize_to != MXFP8 or epilogue.rule not in (None, MXFP8.default_rule))
+    ):
+        raise ValueError(
+            f"the re-based product requantizes to mxfp8_e4m3 by rule {MXFP8.default_rule.value} or not at all; got {epilogue}"
+        )
+    if quantize:
+        MXFP8.check_k(n_out, "the width of the result")
+    if tiles.sorted_ids is None:
+        raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
+    if data.shape[1] != w.shape[2]:
+        raise ValueError(f"x is {tuple(data.shape)} and w {tuple(w.shape)}: their K must be the same")
+    if top_k is None and data.shape[0] != tiles.sorted_ids.shape[0]:
+        raise ValueError(
+            f"x has {data.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]}), or top_k with a row a token"
+        )
+    if top_k is not None and (top_k < 1 or data.shape[0] * top_k != tiles.num_pairs):
+        raise ValueError(
+            f"x has {data.shape[0]} rows and top_k is {top_k}, but the tile list holds {tiles.num_pairs} pairs: they must agree"
+        )
     if tiles.num_experts != w.shape[0]:
         raise ValueError(f"the tile list is for {tiles.num_experts} experts, w has {w.shape[0]}")
     bias = epilogue.bias
@@ -327,8 +349,8 @@ def grouped_gemm_rebased(
             raise ValueError(f"row_weight has shape {tuple(weight.shape)}, needs {tiles.num_pairs} values, one a pair")
         weight = weight.reshape(-1)
     call = _grouped_gemm_rebased_kernel if direct(data, w.data) else _grouped_gemm_rebased
-    result: Tensor = call(
-        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.octaves, w.scale, tiles.ids, tiles.sorted_ids,
-        tiles.expert_ids, tiles.num_padded, tiles.block_size, bias, kind, alpha, beta, limit, weight, scatter, promote, out_dtype,
+    y, y_scale = call(
+        data.view(torch.uint8), scale, w.data.view(torch.uint8), w.octaves, w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
+        tiles.num_padded, tiles.block_size, top_k or 0, bias, kind, alpha, beta, limit, weight, scatter, promote, quantize, out_dtype,
     )  # fmt: skip
-    return result
+    return requantized(y, y_scale, MXFP8.name, None, out_dtype) if quantize else y

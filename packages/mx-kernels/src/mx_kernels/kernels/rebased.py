@@ -3,9 +3,10 @@
     y[p, n] = x_scale[p] * w_scale[e, n] * sum_k x[p, k] * w[e, n, k]        x [R, K], w [E, N, K] float8_e4m3fn
 
 ``rebase_rows`` makes x: MXFP8 (RCEIL) per 32, then each code times 2^(block exponent - row exponent), rounded to E4M3 again;
-only codes that become subnormal or vanish can change. Rows lie in the order of the tile list (row r of tile r // BM), so x and w
-arrive by TMA; MXFP4's words are decoded in registers (``rebased_fp4.py`` has their layout). Weight rows of a gated layer come as
-[8 gate | 8 up] per 16: both halves of a pair meet in one thread.
+only codes that become subnormal or vanish can change. Tokens are gathered by address; rows in the order of the tile list (row r of
+tile r // BM) arrive by TMA, as do weights, but for MXFP4's words, decoded in registers (``rebased_fp4.py`` has their layout). Weight
+rows of a gated layer come as [8 gate | 8 up] per 16: both halves of a pair meet in one thread. A result may be quantized to MXFP8 as
+it is stored, from which ``rebase_rows`` goes on.
 """
 
 from __future__ import annotations
@@ -19,57 +20,70 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..choose import Unsupported
+from .bits import e8m0_value
 from .dot import drained
 from .launch import launch, takes_registers, target
 
 
 @triton.jit
-def _load_blocks(x, start, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Blocks of 32 from ``start`` on: values [WIDTH/32, 32], amax bits and RCEIL scale bytes [WIDTH/32]."""
-    k = start + tl.arange(0, WIDTH // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+def _rceil(amax):
+    """Scale bytes from the float32 bits of blocks' largest magnitudes; 254 where one is not finite."""
     e = (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x600000).to(tl.int32)
-    return v, amax, tl.where(amax >= 0x7F800000, 254, tl.maximum(e, 0))
+    return tl.where(amax >= 0x7F800000, 254, tl.maximum(e, 0))
+
+
+@triton.jit
+def _codes(v, e):
+    """float32 / 2^(e - 127) as E4M3, saturated; e broadcast over the blocks of v."""
+    inverse = tl.maximum(254 - e, 1)  # 2^(127 - e): e = 254 needs 2^-127, which is 2^-126 / 2
+    q = v * (inverse << 23).to(tl.float32, bitcast=True)
+    q = tl.where(e == 254, q * 0.5, q)
+    return tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv)
+
+
+@triton.jit
+def _load_blocks(x, x_scale, start, K: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr):
+    """Blocks of 32 from ``start`` on: MXFP8 codes' values [WIDTH/32, 32] and scale bytes, 255 where a block is not a number."""
+    block = start // 32 + tl.arange(0, WIDTH // 32)
+    k = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if CODES:
+        return v, tl.load(x_scale + block, mask=block < K // 32, other=0).to(tl.int32)
+    amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    e = _rceil(amax)
+    return _codes(v, e[:, None]).to(tl.float32), tl.where(amax > 0x7F800000, 255, e)
 
 
 @triton.jit
 def _store_blocks(out, start, v, e, top, K: tl.constexpr, WIDTH: tl.constexpr):
-    """MXFP8 codes of the blocks, then folded by 2^(e - top)."""
+    """Codes of the blocks, folded by 2^(e - top)."""
     k = start + tl.arange(0, WIDTH // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    inverse = tl.maximum(254 - e, 1)  # 2^(127 - e): e = 254 needs 2^-127, which is 2^-126 / 2
-    q = v * (inverse << 23).to(tl.float32, bitcast=True)[:, None]
-    q = tl.where((e == 254)[:, None], q * 0.5, q)
-    q = tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv).to(tl.float32)
-    q = q * (tl.maximum(127 + e - top, 0) << 23).to(tl.float32, bitcast=True)[:, None]
+    q = v * (tl.maximum(127 + e - top, 0) << 23).to(tl.float32, bitcast=True)[:, None]
     tl.store(out + k, q.to(tl.float8e4nv), mask=k < K)
 
 
 @triton.jit
 def _rebase_rows_kernel(
-    x, x_stride, out, scale, rows, num_rows, n_pairs, top_k,
-    K: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, GATHER: tl.constexpr,
+    x, x_stride, x_scale, out, scale, sorted_ids, num_padded, n_pairs,
+    K: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, CODES: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
+    """CODES: x is MXFP8 with scale bytes x_scale [M, K / 32]. LISTED: only rows that are slots of a tile list with a pair."""
     r = tl.program_id(0).to(tl.int64)
-    if r >= tl.load(num_rows):
-        return
-    pair = tl.load(rows + r)
-    if pair >= n_pairs:
-        return
-    source = r
-    if GATHER:
-        source = (pair // top_k).to(tl.int64)
-    x += source * x_stride
-    v, amax, e = _load_blocks(x, 0, K, FIRST)
-    largest, top = tl.max(amax, 0), tl.max(e, 0)
+    if LISTED:
+        if r >= tl.load(num_padded):
+            return
+        if tl.load(sorted_ids + r) >= n_pairs:
+            return
+    x += r * x_stride
+    x_scale += r * (K // 32)
+    v, e = _load_blocks(x, x_scale, 0, K, FIRST, CODES)
+    top = tl.max(e, 0)
     if REST > 0:
-        v2, amax2, e2 = _load_blocks(x, FIRST, K, REST)
-        largest, top = tl.maximum(largest, tl.max(amax2, 0)), tl.maximum(top, tl.max(e2, 0))
+        v2, e2 = _load_blocks(x, x_scale, FIRST, K, REST, CODES)
+        top = tl.maximum(top, tl.max(e2, 0))
         _store_blocks(out + r * K, FIRST, v2, e2, top, K, REST)
     _store_blocks(out + r * K, 0, v, e, top, K, FIRST)
-    s = (tl.maximum(top, 1) << 23).to(tl.float32, bitcast=True)
-    s = tl.where(top == 0, s * 0.5, s)  # 2^-127
-    tl.store(scale + r, tl.where(largest > 0x7F800000, float("nan"), s))
+    tl.store(scale + r, e8m0_value(top))
 
 
 def _needs_fp8(device: torch.device) -> None:
@@ -82,19 +96,21 @@ def _needs_fp8(device: torch.device) -> None:
 
 
 def rebase_rows(
-    x: Tensor, sorted_ids: Tensor, num_padded: Tensor, num_pairs: int, top_k: int, gather: bool
+    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int
 ) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> codes uint8 [capacity, K] and scales float32 [capacity]; the op's arguments."""
+    """x [M, K], or MXFP8 codes with scale bytes [M, K / 32] -> codes uint8 [M, K] and scales float32 [M]; the op's arguments."""
     _needs_fp8(x.device)
-    k, slots = x.shape[1], sorted_ids.shape[0]
-    out = torch.empty(slots, k, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(slots, dtype=torch.float32, device=x.device)
-    if slots and k:
+    m, k = x.shape
+    out = torch.empty(m, k, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m and k:
         first, rest = _split(k)
-        warps = max(1, min(8, first // 512))
+        warps = max(1, min(8, first // (1024 if x_scale is not None else 512)))
         launch(
-            _rebase_rows_kernel, (slots,), x.device, x, x.stride(0), out.view(torch.float8_e4m3fn), scale, sorted_ids,
-            num_padded, num_pairs, top_k, K=k, FIRST=first, REST=rest, GATHER=gather, num_warps=warps,
+            _rebase_rows_kernel, (m,), x.device, x if x_scale is None else x.view(torch.float8_e4m3fn), x.stride(0),
+            out if x_scale is None else x_scale, out.view(torch.float8_e4m3fn), scale, scale if sorted_ids is None else sorted_ids,
+            scale if num_padded is None else num_padded, num_pairs,
+            K=k, FIRST=first, REST=rest, CODES=x_scale is not None, LISTED=sorted_ids is not None, num_warps=warps,
         )  # fmt: skip
     return out, scale
 
@@ -173,13 +189,13 @@ def _fp4_tile(words, octaves, N: tl.constexpr, BK: tl.constexpr, PTX: tl.constex
 
 @triton.jit
 def _grouped_gemm_rebased_kernel(
-    x_desc, w_desc, octaves, x_scale, w_scale, y, y_stride, sorted_ids, expert_ids, num_padded, bias, row_weight,
-    n_pairs, N, N_OUT, K,
+    x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded, bias, row_weight, n_pairs, N, N_OUT, K, top_k,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
-    FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr,
-    GATED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr,
+    QUANTIZE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """FP4: w_desc is the pointer to MXFP4's words, BK is 128, and SWAP is set (weights from registers are the left operand)."""
+    """x, w: descriptors, but for pointers to x [T, K] where GATHER (row r is token sorted_ids[r] // top_k; EVEN: BK divides K), and to
+    MXFP4's words where FP4 (BK is 128 then, and SWAP is set: weights from registers are the left operand)."""
     m_tiles = tl.load(num_padded) // BM
     n_tiles = tl.cdiv(N, BN)
     tile, pid_n = _tile_of(tl.program_id(0), m_tiles, n_tiles, GROUP)
@@ -188,24 +204,35 @@ def _grouped_gemm_rebased_kernel(
     expert = tl.load(expert_ids + tile)
     steps = tl.cdiv(K, BK)
     tl.assume(steps > 0)
+    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
+    if GATHER:
+        pair = tl.load(sorted_ids + row)
+        token = (tl.where(pair < n_pairs, pair, 0) // top_k).to(tl.int64)
+        column = tl.arange(0, BK)
+        x_at = x + token[:, None] * K + column[None, :]
     if FP4:
         strips = tl.cdiv(N, 16)
         strip = tl.minimum(pid_n * (BN // 16) + tl.arange(0, BN // 16), strips - 1)
-        row = tl.minimum(pid_n * BN + tl.arange(0, BN), strips * 16 - 1)
+        weight_row = tl.minimum(pid_n * BN + tl.arange(0, BN), strips * 16 - 1)
         part = tl.arange(0, BK // 64)[:, None, None] * (strips * 128)
-        w_at = w_desc + expert.to(tl.int64) * tl.cdiv(K, 64) * (strips * 128)
+        w_at = w + expert.to(tl.int64) * tl.cdiv(K, 64) * (strips * 128)
         w_at += part + strip[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
         octave_at = octaves + expert.to(tl.int64) * steps * (strips * 64)
-        octave_at += row[:, None] * 4 + tl.arange(0, 4)[None, :]
+        octave_at += weight_row[:, None] * 4 + tl.arange(0, 4)[None, :]
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     for step in range(steps):
-        xt = x_desc.load([tile * BM, step * BK])
+        if not GATHER:
+            xt = x.load([tile * BM, step * BK])
+        elif EVEN:
+            xt = tl.load(x_at + step * BK)
+        else:
+            xt = tl.load(x_at + step * BK, mask=(column < K - step * BK)[None, :], other=0.0)
         if FP4:
             wt = _fp4_tile(
                 tl.load(w_at + step * (strips * 256)), tl.load(octave_at + step * (strips * 64)), BN, BK, PTX
             )
         else:
-            wt = w_desc.load([expert * N + pid_n * BN, step * BK])
+            wt = w.load([expert * N + pid_n * BN, step * BK])
         if FP4:
             if PROMOTE:  # the compiler splits a product along K whose left operand is in registers: promote by hand
                 acc += tl.dot(wt, xt.T, max_num_imprecise_acc=BK)
@@ -225,13 +252,11 @@ def _grouped_gemm_rebased_kernel(
                 acc = tl.dot(xt, wt.T, acc)
     if SWAP:
         acc = acc.trans()
-    m = tl.arange(0, BM)
     n = pid_n * BN + tl.arange(0, BN)
-    row = tile.to(tl.int64) * BM + m
     pair = tl.load(sorted_ids + row)
     live = pair < n_pairs
     ws = tl.load(w_scale + expert.to(tl.int64) * N + n, mask=n < N, other=0.0)
-    xs = tl.load(x_scale + row, mask=live, other=0.0)
+    xs = tl.load(x_scale + (pair // top_k if GATHER else row), mask=live, other=0.0)
     acc = acc * xs[:, None] * ws[None, :]
     if BIAS:
         acc += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -251,18 +276,25 @@ def _grouped_gemm_rebased_kernel(
     if WEIGHTED:
         acc = acc * tl.load(row_weight + pair, mask=live, other=0.0)[:, None]
     target = pair.to(tl.int64) if SCATTER else row
-    tl.store(
-        y + target[:, None] * y_stride + n[None, :],
-        acc.to(y.dtype.element_ty),
-        mask=live[:, None] & (n < N_OUT)[None, :],
-    )
+    inside = live[:, None] & (n < N_OUT)[None, :]
+    if QUANTIZE:
+        v = acc.reshape(BM, acc.shape[1] // 32, 32)
+        amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
+        e = _rceil(amax)
+        tl.store(y + target[:, None] * N_OUT + n[None, :], _codes(v, e[:, :, None]).reshape(BM, acc.shape[1]), mask=inside)
+        block = pid_n * (acc.shape[1] // 32) + tl.arange(0, acc.shape[1] // 32)
+        at = y_scale + target[:, None] * (N_OUT // 32) + block[None, :]
+        byte = tl.where(amax > 0x7F800000, 255, e)
+        tl.store(at, byte.to(tl.uint8), mask=live[:, None] & (block < N_OUT // 32)[None, :])
+    else:
+        tl.store(y + target[:, None] * N_OUT + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
-def tile_config(block_m: int, promote: bool, fp4: bool = False) -> dict[str, int | bool]:
+def tile_config(block_m: int, promote: bool, fp4: bool = False, gather: bool = False) -> dict[str, int | bool]:
     """Tile of weight rows, warps and stages for a block of ``block_m`` tokens: the fastest measured (docs/performance.md).
 
-    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill. Of
-    FP4, sums in the matrix unit want one product of a warpgroup a tile: ptxas serializes two whose weights come from registers; and
+    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill, and
+    with gathered tokens the products are not serialized. Of FP4, sums in the matrix unit want one product of a warpgroup a tile: ptxas serializes two whose weights come from registers; and
     promoted blocks of 128 take two programs of 64 rows a multiprocessor, since they wait for every product.
     """
     if fp4 and block_m >= 128 and promote:
@@ -272,7 +304,7 @@ def tile_config(block_m: int, promote: bool, fp4: bool = False) -> dict[str, int
     if fp4:
         return {"BN": 128, "num_warps": 4, "num_stages": 4, "SWAP": True}
     if block_m >= 128:
-        return {"BN": 256, "num_warps": 8, "num_stages": 4, "SWAP": promote}
+        return {"BN": 256, "num_warps": 8, "num_stages": 4, "SWAP": promote or gather}
     if block_m == 64:
         return {"BN": 128 if promote else 256, "num_warps": 4, "num_stages": 4, "SWAP": False}
     if block_m == 32:
@@ -282,32 +314,34 @@ def tile_config(block_m: int, promote: bool, fp4: bool = False) -> dict[str, int
 
 def grouped_gemm_rebased(
     x: Tensor, x_scale: Tensor, w: Tensor, w_octaves: Tensor | None, w_scale: Tensor, sorted_ids: Tensor, expert_ids: Tensor,
-    num_padded: Tensor, block_m: int, num_pairs: int, *, bias: Tensor | None = None, row_weight: Tensor | None = None,
+    num_padded: Tensor, block_m: int, num_pairs: int, *, top_k: int = 0, bias: Tensor | None = None, row_weight: Tensor | None = None,
     scatter: bool = False, activation: str = "", alpha: float = 0.0, beta: float = 0.0, limit: float = math.inf,
-    promote: bool = True, out_dtype: torch.dtype = torch.bfloat16, config: dict | None = None,
-) -> Tensor:  # fmt: skip
-    """x bytes of E4M3 [capacity, K] in tile order, w [E, N, K] -> [capacity, N_out] in tile order, or [num_pairs, N_out] if ``scatter``."""
+    promote: bool = True, quantize: bool = False, out_dtype: torch.dtype = torch.bfloat16, config: dict | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x bytes of E4M3 in tile order [capacity, K], or [T, K] with ``top_k`` -> [capacity, N_out] in tile order, or [num_pairs, N_out]
+    if ``scatter``; with ``quantize`` codes and scale bytes of MXFP8, otherwise the second is empty."""
     _needs_fp8(x.device)
     (experts, n), k, fp4 = w_scale.shape, x.shape[1], w_octaves is not None
     promote = promote or (fp4 and block_m < 128)  # where it costs next to nothing
     n_out = n // 2 if activation else n
-    y = torch.empty(num_pairs if scatter else x.shape[0], n_out, dtype=out_dtype, device=x.device)
-    tiles = x.shape[0] // block_m
+    rows, fp8 = num_pairs if scatter else sorted_ids.shape[0], torch.float8_e4m3fn
+    y = torch.empty(rows, n_out, dtype=torch.uint8 if quantize else out_dtype, device=x.device)
+    y_scale = torch.empty((rows, n_out // 32) if quantize else 0, dtype=torch.uint8, device=x.device)
+    tiles = sorted_ids.shape[0] // block_m
     if tiles == 0 or y.numel() == 0:
-        return y
-    fp8 = torch.float8_e4m3fn
+        return y, y_scale
     wgmma = target(x.device).wgmma
-    c = {**tile_config(block_m, promote, fp4), **(config or {})}
+    c = {**tile_config(block_m, promote, fp4, top_k > 0), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
     grid = (-(-tiles // group) * group * -(-n // bn),)
     weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk])
     launch(
         _grouped_gemm_rebased_kernel, grid, x.device,
-        TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
-        x_scale, w_scale, y, n_out, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
-        row_weight if row_weight is not None else y, num_pairs, n, n_out, k,
+        x.view(fp8) if top_k else TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
+        x_scale, w_scale, y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
+        row_weight if row_weight is not None else y, num_pairs, n, n_out, k, top_k,
         BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma, DRAIN=wgmma and takes_registers(),
-        BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, GATED=bool(activation), KIND=activation, ALPHA=alpha,
-        BETA=beta, LIMIT=limit, **c,
+        GATHER=top_k > 0, EVEN=k % bk == 0, BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, QUANTIZE=quantize,
+        GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,
     )  # fmt: skip
-    return y
+    return y, y_scale

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..alignment import Alignment
 from ..epilogue import Epilogue
 from ..formats import E4M3, MXFP8, Element
-from .elements import decode, encode, scale_to_float, unpack_codes
+from ..tensor import QuantizedTensor
+from .elements import decode, encode, scale_to_float
 from .gemm import grouped_gemm
 from .quantize import quantize
 
@@ -41,20 +42,20 @@ def rebased(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def rebase_rows(
     x: Tensor,  # [M, K]
-    sorted_ids: Tensor,  # [capacity]
-    num_padded: Tensor,  # [1]
+    x_scale: Tensor | None,  # uint8 [M, K / 32] where x is MXFP8's codes
+    sorted_ids: Tensor | None,  # [M]
+    num_padded: Tensor | None,  # [1]
     num_pairs: int,
-    top_k: int,
-    gather: bool,
-) -> tuple[Tensor, Tensor]:  # [capacity, K], [capacity]
-    """MXFP8 (RCEIL), then re-based; row r of the result is row sorted_ids[r] // top_k of x (``gather``) or row r of x."""
-    slot = torch.arange(sorted_ids.shape[0], device=x.device)
-    live = (slot < num_padded) & (sorted_ids < num_pairs)
-    rows = (torch.where(live, sorted_ids, 0) // top_k).long() if gather else slot
-    q = quantize(x, MXFP8)
-    data, scale = rebased(unpack_codes(q.data, MXFP8), q.scale)
-    data = torch.where(live[:, None], data[rows], 0) if x.shape[0] else data.new_zeros((slot.numel(), x.shape[1]))
-    return data.to(torch.uint8), torch.where(live, scale[rows], 0.0) if x.shape[0] else scale.new_zeros(slot.numel())
+) -> tuple[Tensor, Tensor]:  # [M, K], [M]
+    """MXFP8 (RCEIL), then re-based. With a tile list, rows that are no slot with a pair become zero."""
+    if x_scale is None:
+        q = quantize(x, MXFP8)
+        x, x_scale = q.data.view(torch.uint8), q.scale
+    data, scale = rebased(x, x_scale)
+    if sorted_ids is not None:
+        live = (torch.arange(len(x), device=x.device) < num_padded) & (sorted_ids < num_pairs)
+        data, scale = torch.where(live[:, None], data, 0), torch.where(live, scale, 0.0)
+    return data.to(torch.uint8), scale
 
 
 def gate_up_rows(w: Tensor) -> Tensor:  # [E, 2I, ...] -> [E, 2I, ...]
@@ -70,28 +71,30 @@ def concatenated_rows(w: Tensor) -> Tensor:
 
 
 def grouped_gemm_rebased(
-    x: Tensor,  # [capacity, K]
-    x_scale: Tensor,  # [capacity]
+    x: Tensor,  # [capacity, K], or [T, K] with top_k
+    x_scale: Tensor,  # [capacity] or [T]
     w: Tensor,  # [E, N, K]
     w_scale: Tensor,  # [E, N]
     tiles: Alignment,
+    top_k: int,  # 0: in tile order
     epilogue: Epilogue,
     scatter: bool,
     out_dtype: torch.dtype,
-) -> Tensor:  # [capacity, N_out] or [P, N_out]
+) -> tuple[Tensor, Tensor]:  # [capacity, N_out] or [P, N_out]; scale bytes where the epilogue requantizes
     """Both operands decoded to float32, then ``grouped_gemm``; rows that hold no pair are zero."""
     assert tiles.sorted_ids is not None
-    slot = torch.arange(x.shape[0], device=x.device)
+    slot = torch.arange(tiles.sorted_ids.shape[0], device=x.device)
     live = (slot < tiles.num_padded) & (tiles.sorted_ids < tiles.num_pairs)
     pair = torch.where(live, tiles.sorted_ids, tiles.num_pairs).long()
-    values = x.view(torch.float8_e4m3fn).float() * x_scale[:, None]
-    rows = values.new_zeros((tiles.num_pairs + 1, x.shape[1])).index_copy(0, pair, values)[:-1]
+    rows = x.view(torch.float8_e4m3fn).float() * x_scale[:, None]
+    if not top_k:
+        rows = rows.new_zeros((tiles.num_pairs + 1, x.shape[1])).index_copy(0, pair, rows)[:-1]
     weight = w.view(torch.float8_e4m3fn).float() * w_scale[..., None]
     if epilogue.activation is not None:
         weight = concatenated_rows(weight)
-    y = grouped_gemm(rows, weight, tiles, epilogue=epilogue, out_dtype=out_dtype)
-    assert isinstance(y, Tensor)
+    y = grouped_gemm(rows, weight, tiles, top_k=top_k or 1, epilogue=epilogue, out_dtype=out_dtype)
+    parts = (y.data.view(torch.uint8), y.scale) if isinstance(y, QuantizedTensor) else (y, y.new_empty(0, dtype=torch.uint8))
     if scatter:
-        return y
-    padded = torch.cat((y, y.new_zeros((1, y.shape[1]))))
-    return padded[pair]
+        return parts
+    data, scale = (torch.cat((p, p.new_zeros((1, p.shape[1]))))[pair] if p.ndim == 2 else p for p in parts)
+    return data, scale

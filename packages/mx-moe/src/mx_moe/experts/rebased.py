@@ -2,15 +2,14 @@
 
 The block scales of a weight row, and of a token, are folded into its E4M3 codes under one power of two (``mx_kernels.rebase``).
 That changes codes that become subnormal, so it is never chosen by itself: ask for ``backend="rebased"``. ``exactness`` says what
-it did to the weights; ``promote=False`` leaves sums in the matrix unit, which keeps about 14 bits.
+it did to the weights; ``experts.promote = False`` leaves sums in the matrix unit, which keeps about 14 bits.
 
-    tiles = align(ids); x -> rebase_rows, gathered; GEMM 1, activation; h -> rebase_rows; GEMM 2 x routing weight; combine
+    tiles = align(ids); x -> rebase_rows; GEMM 1, gathered, activation, to MXFP8; rebase_rows; GEMM 2 x routing weight; combine
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +29,7 @@ OPT_IN = "opt-in: it changes small codes (backend='rebased'; the weights' share 
 class RebasedExperts(ExpertsBase):
     """MXFP8 inputs x re-based weights. Holds E4M3 codes, one byte a weight, also for MXFP6; MXFP4 keeps its four bits.
 
-    promote: sum in float32 every 128 along K and keep h in float32 until it is quantized (default). False is faster: sums stay
-        in the matrix unit, h is rounded to x's dtype, and so one code in fifty of h rounds the other way.
+    promote: sum in float32 every 128 along K (default). ``experts.promote = False`` is faster: sums stay in the matrix unit.
     """
 
     name = "rebased"
@@ -43,7 +41,7 @@ class RebasedExperts(ExpertsBase):
         features=("bias", "expert_map", "router_weight_on_input", "shared_experts"),
         dtypes=(torch.bfloat16, torch.float16),
     )
-    promote: ClassVar[bool] = True
+    promote: bool = True
 
     @classmethod
     def why_not(cls, device: mk.Device, problem: Problem) -> str | None:
@@ -93,12 +91,12 @@ class RebasedExperts(ExpertsBase):
         rows = rows_per_block(routing.ids.numel(), self.num_experts, fp4)
         tiles = mk.moe_align_block_size(routing.ids, rows, self.num_experts, self.expert_map, sort=True)
         h = mk.grouped_gemm_rebased(
-            mk.rebase_rows(x, tiles, top_k=routing.top_k, gather=True),
+            mk.rebase_rows(x),
             self._w13,
             tiles,
-            epilogue=Epilogue(self._w13_bias, self.activation),
+            top_k=routing.top_k,
+            epilogue=Epilogue(self._w13_bias, self.activation, requantize_to=mk.MXFP8),
             promote=self.promote,
-            out_dtype=torch.float32 if self.promote else x.dtype,
         )
         y = mk.grouped_gemm_rebased(
             mk.rebase_rows(h, tiles),
@@ -109,6 +107,7 @@ class RebasedExperts(ExpertsBase):
             promote=self.promote,
             out_dtype=x.dtype,
         )
+        assert isinstance(y, Tensor)
         return mk.combine(y, tiles, out_dtype=x.dtype)
 
 

@@ -44,22 +44,20 @@ def codes_of(w: mk.RebasedWeight, e: int) -> Tensor:
 
 
 class Product:
-    """One GEMM of one layer: weight, rows (1: of tokens, which it gathers; 2: in tile order), and the call for a tile."""
+    """One GEMM of one layer: weight, routed rows, and the call for a tile."""
 
-    def __init__(self, shape: Shape, w: mk.RebasedWeight, gemm: int, tokens: int, block: int, seed: int, promote: bool) -> None:
+    def __init__(self, shape: Shape, w: mk.RebasedWeight, tokens: int, block: int, seed: int, promote: bool) -> None:
         ids, _ = routing(shape, tokens, seed)
-        self.w, self.promote, self.block, self.top_k = w, promote, block, shape.top_k if gemm == 1 else 0
+        self.w, self.promote, self.block = w, promote, block
         self.tiles = mk.moe_align_block_size(ids, block, shape.experts, sort=True)
-        assert self.tiles.sorted_ids is not None
-        count = tokens if gemm == 1 else self.tiles.sorted_ids.numel()
-        self.rows = mk.rebase_rows(torch.randn(count, w.shape[2], device="cuda").bfloat16())
+        self.rows = mk.rebase_rows(torch.randn(ids.numel(), w.shape[2], device="cuda").bfloat16(), self.tiles, top_k=1)
 
     def __call__(self, tile: dict[str, Any]) -> Tensor:
         t, (codes, scale) = self.tiles, self.rows
         return rebased.grouped_gemm_rebased(
             *(codes.view(torch.uint8), scale, self.w.data.view(torch.uint8), self.w.octaves, self.w.scale),
             *(t.sorted_ids, t.expert_ids, t.num_padded, self.block, t.num_pairs),
-            top_k=self.top_k, scatter=True, promote=self.promote, out_dtype=torch.bfloat16, config=tile,
+            scatter=True, promote=self.promote, out_dtype=torch.bfloat16, config=tile,
         )[0]  # fmt: skip
 
     def check(self, y: Tensor) -> None:
@@ -67,20 +65,19 @@ class Product:
         assert self.tiles.sorted_ids is not None
         pairs = self.tiles.sorted_ids[: self.block].long()
         live = pairs < self.tiles.num_pairs
-        at = torch.where(live, pairs, 0) // self.top_k if self.top_k else torch.arange(self.block, device="cuda")
-        x = self.rows[0][at].float() * self.rows[1][at, None]
+        x = self.rows[0][: self.block].float() * self.rows[1][: self.block, None]
         want = (x @ codes_of(self.w, int(self.tiles.expert_ids[0])).T)[live]
         error = float((y[pairs[live]].float() - want).norm() / want.norm())
         require(error < 2**-9 + (2**-11 if self.promote else 2**-9), f"error {error:.1e}")
 
 
-def tiles_of(block: int, promote: bool, fp4: bool, gather: bool) -> list[dict[str, Any]]:
+def tiles_of(block: int, promote: bool, fp4: bool) -> list[dict[str, Any]]:
     """The shipped tile, then others."""
     swaps = (True,) if fp4 else (True, False)
     others = (
         {"BN": n, "num_warps": w, "num_stages": s, "SWAP": p} for n, w, s, p in product(ROWS, WARPS, STAGES, swaps)
     )
-    shipped = rebased.tile_config(block, promote, fp4, gather)
+    shipped = rebased.tile_config(block, promote, fp4)
     return [shipped, *(tile for tile in others if tile != shipped)]
 
 
@@ -92,8 +89,8 @@ def measure(shape: Shape, fmt: str, tokens: list[int], promote: bool) -> list[di
         weights = [mk.rebase(random_weight((shape.experts, n, k), f)) for _ in range(LAYERS)]
         for count in tokens:
             for block in blocks_for(shape, count):
-                layers = [Product(shape, w, gemm, count, block, i, promote) for i, w in enumerate(weights)]
-                for tile in tiles_of(block, promote, fmt == "mxfp4", gemm == 1):
+                layers = [Product(shape, w, count, block, i, promote) for i, w in enumerate(weights)]
+                for tile in tiles_of(block, promote, fmt == "mxfp4"):
                     row = {"shape": shape.name, "format": fmt, "gemm": gemm, "tokens": count, "block": block, **tile}
                     try:
                         layers[0].check(layers[0](tile))

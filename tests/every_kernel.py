@@ -151,14 +151,16 @@ def rebased() -> None:
     if mk.Device.probe("cuda").arch.name != "sm90":
         print("  left out: re-based products are made for sm90")
         return
-    for tokens, block in ((7, 16), (300, 64)):
+    kernels = importlib.import_module("mx_kernels.kernels.rebased")
+    for tokens, block, kernels.COPIED in ((7, 16, 1 << 24), (300, 64, 1)):
         x, ids = normal(tokens, HIDDEN), routed(tokens)
         for fmt in (mk.MXFP8, mk.MXFP4):
             w13, w2 = weights_of(fmt)
             tiles = mk.moe_align_block_size(ids, block, EXPERTS, sort=True)
             with filled_memory():
-                rows, epilogue = mk.rebase_rows(x), mk.Epilogue(activation=SWIGLU_OAI, requantize_to=mk.MXFP8)
-                h = mk.grouped_gemm_rebased(rows, mk.rebase(w13, gated=True), tiles, top_k=TOP_K, epilogue=epilogue)
+                rows = mk.rebase_rows(x, tiles, top_k=TOP_K)
+                epilogue = mk.Epilogue(activation=SWIGLU_OAI, requantize_to=mk.MXFP8)
+                h = mk.grouped_gemm_rebased(rows, mk.rebase(w13, gated=True), tiles, epilogue=epilogue)
                 y = mk.grouped_gemm_rebased(mk.rebase_rows(h, tiles), mk.rebase(w2), tiles, scatter=True)
             finite(mk.combine(y, tiles))
 
@@ -173,7 +175,7 @@ PARTS = {
     gemm: {"generic_kernel": ("_gemm_kernel",), "combine": ("_combine_kernel",)},
     packed: {"grouped_gemm": ("_grouped_gemm_packed_kernel",)},
     pack: {"packing": ("_pack_codes_kernel", "_pack_scales_kernel", "_unpack_codes_kernel")},
-    rebased: {"rebased": ("_rebase_rows_kernel", "_grouped_gemm_rebased_kernel")},
+    rebased: {"rebased": ("_rebase_rows_kernel", "_copy_rows_kernel", "_grouped_gemm_rebased_kernel")},
 }
 """Part -> module of mx_kernels.kernels -> the kernels that the part is for."""
 

@@ -34,7 +34,7 @@ def calls():
     """id -> (call, error, what came, what is needed, what to do)."""
     x, w, q, ids, tiles = operands()
     columns, y = torch.randn(64, 4).t(), torch.randn(8, 64)
-    rebased, rows = mk.rebase(q), mk.rebase_rows(x)
+    rebased, rows = mk.rebase(q), mk.rebase_rows(x, tiles, top_k=2)
     experts = mm.make_experts(mq.quantize_experts(torch.randn(3, 128, 64), w, mk.MXFP8), SILU)
     routing = mm.Routing(ids, torch.rand(4, 2))
 
@@ -42,7 +42,7 @@ def calls():
         return lambda: mk.gemm(x, q[0], epilogue=mk.Epilogue(**parts))
 
     def routed(**parts):
-        return lambda: mk.grouped_gemm_rebased(rows, rebased, tiles, top_k=2, epilogue=mk.Epilogue(**parts))
+        return lambda: mk.grouped_gemm_rebased(rows, rebased, tiles, epilogue=mk.Epilogue(**parts))
 
     return {
         "quantize-type": (

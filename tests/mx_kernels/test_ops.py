@@ -47,9 +47,9 @@ def _cases() -> dict[str, tuple]:
     packed = mk.pack(q4, gated=True)
     act = mk.Activation("silu")
     rebased = mk.rebase(mk.quantize(w, mk.MXFP8))
-    rows = x.to(torch.float8_e4m3fn), x[:, 0].float()  # stands in where their kernel cannot run
+    rows = x[:1].to(torch.float8_e4m3fn), x[0, :1].float()  # stands in where their kernel cannot run
     if rebasing(x.device):
-        rows = mk.rebase_rows(x)
+        rows = mk.rebase_rows(x, tiles, top_k=2)
     tail = (None, "", 0.0, 0.0, float("inf"), torch.rand(8), True, True, False, torch.bfloat16)
     return {
         "quantize": (x, "nvfp4", "amax", qn.global_scale),
@@ -68,10 +68,10 @@ def _cases() -> dict[str, tuple]:
         "expert_of_pair": (ids, 3),
         "activate": (x, *SILU, "mxfp4", "even", torch.bfloat16),
         "combine": (torch.randn(8, 64), ids, 3, None, torch.rand(4, 2), torch.bfloat16),
-        "rebase_rows": (x, None, None, None, 0),
+        "rebase_rows": (x, None, None, None, 0, 0),
         "grouped_gemm_rebased": (
             *(rows[0].view(torch.uint8), rows[1], rebased.data.view(torch.uint8), None, rebased.scale),
-            *(ids, *blocks, 16, 2, *tail),
+            *(ids, *blocks, 16, *tail),
         ),
     }
 

@@ -33,11 +33,6 @@ def _inputs(device="cpu", tokens=37, experts=5, top_k=2, hidden=96, width=64, fm
     return x, w13, w2, ids, mk.moe_align_block_size(ids, block_size, experts)
 
 
-def _gathered(x: torch.Tensor, tiles: mk.Alignment, top_k: int) -> torch.Tensor:
-    """x [T, K] in tile order; slots without a pair hold token 0."""
-    return x[torch.where(tiles.sorted_ids < tiles.num_pairs, tiles.sorted_ids, 0).long() // top_k]
-
-
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_rebase_is_exact_within_the_range_of_e4m3(fmt, gated):
@@ -101,7 +96,7 @@ def test_fp4_codes_come_back(seed, rows, blocks):
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (rows, 32 * blocks), generator=g, dtype=torch.uint8)
     octaves = torch.randint(0, 12, (rows, blocks), generator=g, dtype=torch.uint8)
-    data, packed = pack_fp4(codes, octaves)
+    data, packed = pack_fp4(reference.pack_codes(codes, mk.MXFP4), octaves)
     got = unpack_fp4(data, packed[None], rows, 32 * blocks)[0].view(torch.float8_e4m3fn).float()
     factor = torch.exp2(octaves.float() - 5).repeat_interleave(32, -1)
     assert torch.equal(got, reference.decode(codes, E2M1) * factor)
@@ -125,6 +120,11 @@ def test_rebase_rows(dtype):
     assert torch.equal(listed[0].view(torch.uint8)[live], whole[0].view(torch.uint8)[live])
     assert torch.equal(listed[1][live], whole[1][live])
     assert not listed[0].view(torch.uint8)[~live].any()
+    by_token = mk.rebase_rows(x, tiles, top_k=2)
+    token = tiles.sorted_ids[live].long() // 2
+    assert torch.equal(by_token[0].view(torch.uint8)[live], data.view(torch.uint8)[token])
+    assert torch.equal(by_token[1][live], scale[token])
+    assert not by_token[0].view(torch.uint8)[~live].any()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -134,12 +134,11 @@ def test_grouped_gemm_rebased_against_float64(fmt, act):
     x, w13, _, ids, tiles = _inputs(fmt=fmt)
     w = mk.rebase(w13, gated=act is not None)
     bias, weight = torch.randn(5, 128), torch.rand(ids.numel())
-    rows = mk.rebase_rows(x)
+    rows = mk.rebase_rows(x, tiles, top_k=2)
     epilogue = mk.Epilogue(bias, act, weight)
-    y = mk.grouped_gemm_rebased(rows, w, tiles, top_k=2, epilogue=epilogue, scatter=True, out_dtype=torch.float32)
-    slots = mk.rebase_rows(_gathered(x, tiles, 2), tiles)
-    in_tile_order = mk.grouped_gemm_rebased(slots, w, tiles, epilogue=epilogue, out_dtype=torch.float32)
-    codes = mk.grouped_gemm_rebased(rows, w, tiles, top_k=2, epilogue=replace(epilogue, requantize_to=mk.MXFP8))
+    y = mk.grouped_gemm_rebased(rows, w, tiles, epilogue=epilogue, scatter=True, out_dtype=torch.float32)
+    in_tile_order = mk.grouped_gemm_rebased(rows, w, tiles, epilogue=epilogue, out_dtype=torch.float32)
+    codes = mk.grouped_gemm_rebased(rows, w, tiles, epilogue=replace(epilogue, requantize_to=mk.MXFP8))
     quantized = mk.quantize(y, mk.MXFP8)
     value = (rows[0].float() * rows[1][:, None]).double()
     weights = _value(w).double()
@@ -147,7 +146,7 @@ def test_grouped_gemm_rebased_against_float64(fmt, act):
         if pair >= ids.numel():
             continue
         e = ids.flatten()[pair]
-        acc = weights[e] @ value[pair // 2] + bias[e].double()
+        acc = weights[e] @ value[slot] + bias[e].double()
         want = reference.activated(acc, act) if act else acc
         torch.testing.assert_close(y[pair].double(), want * weight[pair].double(), rtol=1e-5, atol=1e-5)
         assert torch.equal(y[pair], in_tile_order[slot])
@@ -160,7 +159,7 @@ def test_layer_is_close_to_exact_mxfp8():
     x, w13, w2, _, tiles = _inputs(tokens=64, hidden=256, width=128, block_size=32)
     act = mk.Activation("silu")
     epilogue = mk.Epilogue(activation=act, requantize_to=mk.MXFP8)
-    h = mk.grouped_gemm_rebased(mk.rebase_rows(x), mk.rebase(w13, gated=True), tiles, top_k=2, epilogue=epilogue)
+    h = mk.grouped_gemm_rebased(mk.rebase_rows(x, tiles, top_k=2), mk.rebase(w13, gated=True), tiles, epilogue=epilogue)
     y = mk.grouped_gemm_rebased(mk.rebase_rows(h, tiles), mk.rebase(w2), tiles, scatter=True, out_dtype=torch.float32)
     hx = mk.grouped_gemm(
         mk.quantize(x, mk.MXFP8), w13, tiles, top_k=2, epilogue=mk.Epilogue(activation=act), out_dtype=torch.float32
@@ -172,18 +171,19 @@ def test_layer_is_close_to_exact_mxfp8():
 @pytest.mark.parametrize("fmt", [mk.MXFP8, mk.MXFP4], ids=str)
 def test_ops_trace_and_check(fmt):
     x, w13, _, _, tiles = _inputs(tokens=8, fmt=fmt)
-    q = mk.quantize(_gathered(x, tiles, 2), mk.MXFP8)
+    q = mk.quantize(torch.randn(tiles.sorted_ids.numel(), 96), mk.MXFP8)
     for args in (
-        (x, None, None, None, 0),
-        (q.data.view(torch.uint8), q.scale, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs),
+        (x, None, None, None, 0, 0),
+        (x, None, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, 2),
+        (q.data.view(torch.uint8), q.scale, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, 0),
     ):
         torch.library.opcheck(torch.ops.mx_kernels.rebase_rows.default, args)
-    data, scale = mk.rebase_rows(x)
+    data, scale = mk.rebase_rows(x, tiles, top_k=2)
     w = mk.rebase(w13)
     for quantize in (False, True):
         args = (
             data.view(torch.uint8), scale, w.data.view(torch.uint8), w.octaves, w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
-            tiles.num_padded, tiles.block_size, 2, None, "", 0.0, 0.0, 0.0, None, True, True, quantize, torch.float32,
+            tiles.num_padded, tiles.block_size, None, "", 0.0, 0.0, 0.0, None, True, True, quantize, torch.float32,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.mx_kernels.grouped_gemm_rebased.default, args)
 
@@ -207,10 +207,12 @@ def test_bad_input():
     with pytest.raises(ValueError, match="x is mxfp4, needs mxfp8_e4m3"):
         mk.rebase_rows(mk.quantize(x, mk.MXFP4))
     with pytest.raises(ValueError, match="must agree"):
-        mk.grouped_gemm_rebased(mk.rebase_rows(x), w, tiles, top_k=3)
-    with pytest.raises(ValueError, match="or top_k"):
+        mk.rebase_rows(x, tiles, top_k=3)
+    with pytest.raises(ValueError, match="without tiles"):
+        mk.rebase_rows(x, top_k=2)
+    with pytest.raises(ValueError, match="the tile list has"):
         mk.grouped_gemm_rebased(mk.rebase_rows(x), w, tiles)
-    rows = mk.rebase_rows(_gathered(x, tiles, 2), tiles)
+    rows = mk.rebase_rows(x, tiles, top_k=2)
     with pytest.raises(ValueError, match="gated=False"):
         mk.grouped_gemm_rebased(rows, w, tiles, epilogue=mk.Epilogue(activation=SWIGLU_OAI))
     for epilogue in (mk.Epilogue(requantize_to=mk.MXFP4), mk.Epilogue(round_to=mk.MXFP8)):
@@ -225,9 +227,24 @@ def test_bad_input():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("spread", [3, 20])
+def test_rebase_on_the_gpu_is_that_of_the_cpu(fmt, spread):
+    w = torch.randn(3, 48, 416) * torch.exp2(-torch.randint(0, spread, (3, 48, 13)).float()).repeat_interleave(32, -1)
+    q = mk.quantize(w, fmt)
+    want, got = mk.rebase(q, gated=True), mk.rebase(q.to("cuda"), gated=True)
+    for name in ("data", "octaves", "scale"):
+        a, b = getattr(want, name), getattr(got, name)
+        assert (a is None and b is None) or torch.equal(a.view(torch.uint8), b.cpu().view(torch.uint8))
+    assert (got.changed, got.error) == pytest.approx((want.changed, want.error), rel=1e-5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [32, 96, 768, 2880, 4096, 14336])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rebase_rows_kernel_is_bit_exact(k, dtype):
+def test_rebase_rows_kernel_is_bit_exact(monkeypatch, k, dtype):
+    from mx_kernels.kernels import rebased
+
     x = torch.randn(301, k, device="cuda") * torch.exp2(
         torch.randint(-12, 12, (301, k // 32), device="cuda").float()
     ).repeat_interleave(32, -1)
@@ -236,16 +253,22 @@ def test_rebase_rows_kernel_is_bit_exact(k, dtype):
     x = x.to(dtype)
     from_codes = mk.quantize(x, mk.MXFP8)
     for given, args in ((x, (x, None)), (from_codes, (from_codes.data.view(torch.uint8), from_codes.scale))):
-        got, want = mk.rebase_rows(given), reference.rebase_rows(*args, None, None, 0)
+        got, want = mk.rebase_rows(given), reference.rebase_rows(*args, None, None, 0, 0)
         finite = want[1].isfinite()
         assert torch.equal(got[0].view(torch.uint8)[finite], want[0][finite])
         assert torch.equal(got[1].nan_to_num(-1), want[1].nan_to_num(-1))
     tiles = mk.moe_align_block_size(torch.randint(0, 7, (90, 1), device="cuda", dtype=torch.int32), 16, 7, sort=True)
     slots = x[torch.arange(tiles.sorted_ids.numel(), device="cuda") % 301]
-    listed, whole = mk.rebase_rows(slots, tiles), mk.rebase_rows(slots)
     live = (tiles.sorted_ids < 90) & (torch.arange(len(slots), device="cuda") < tiles.num_padded)
-    assert torch.equal(listed[0].view(torch.uint8)[live], whole[0].view(torch.uint8)[live])
-    assert torch.equal(listed[1][live].nan_to_num(-1), whole[1][live].nan_to_num(-1))
+    pairs, whole = tiles.sorted_ids[live].long(), mk.rebase_rows(x)
+    monkeypatch.setattr(rebased, "COPIED", 2048 * 90)  # tokens once each, and copied
+    for got, rows in (
+        (mk.rebase_rows(slots, tiles), live.nonzero()[:, 0] % 301),
+        (mk.rebase_rows(x[:90], tiles, top_k=1), pairs),
+        (mk.rebase_rows(x[:45], tiles, top_k=2), pairs // 2),
+    ):
+        assert torch.equal(got[0].view(torch.uint8)[live], whole[0].view(torch.uint8)[rows])
+        assert torch.equal(got[1][live].nan_to_num(-1), whole[1][rows].nan_to_num(-1))
 
 
 @pytest.mark.gpu
@@ -272,15 +295,14 @@ def test_grouped_gemm_rebased_kernel(block_size, promote, act, fmt):
     )
     w = mk.rebase(w13, gated=act is not None)
     weight, bias = torch.rand(ids.numel(), device="cuda"), torch.randn(9, 832, device="cuda")
-    rows = mk.rebase_rows(x)
-    slots = mk.rebase_rows(_gathered(x, tiles, 3), tiles)
+    rows = mk.rebase_rows(x, tiles, top_k=3)
     epilogue = mk.Epilogue(bias, act, weight)
     want, _ = reference.grouped_gemm_rebased(
-        rows[0].view(torch.uint8), rows[1], w.codes().view(torch.uint8), w.scale, tiles, 3, epilogue, True, torch.float32
+        rows[0].view(torch.uint8), rows[1], w.codes().view(torch.uint8), w.scale, tiles, epilogue, True, torch.float32
     )
     options = {"promote": promote, "out_dtype": torch.float32}
-    for scatter, given, top_k in ((True, rows, 3), (False, rows, 3), (True, slots, None), (False, slots, None)):
-        y = mk.grouped_gemm_rebased(given, w, tiles, top_k=top_k, epilogue=epilogue, scatter=scatter, **options)
+    for scatter in (True, False):
+        y = mk.grouped_gemm_rebased(rows, w, tiles, epilogue=epilogue, scatter=scatter, **options)
         if not scatter:
             live = (tiles.sorted_ids < ids.numel()) & (torch.arange(y.shape[0], device="cuda") < tiles.num_padded)
             y = torch.zeros_like(want).index_copy(0, tiles.sorted_ids[live].long(), y[live])
@@ -288,9 +310,9 @@ def test_grouped_gemm_rebased_kernel(block_size, promote, act, fmt):
         assert error < (2**-11 if promote else 2**-9) * (2 if act else 1)
         if not scatter:  # the same sums, so the same codes
             q = mk.grouped_gemm_rebased(
-                given, w, tiles, top_k=top_k, epilogue=replace(epilogue, requantize_to=mk.MXFP8), promote=promote
+                rows, w, tiles, epilogue=replace(epilogue, requantize_to=mk.MXFP8), promote=promote
             )
-            sums = mk.grouped_gemm_rebased(given, w, tiles, top_k=top_k, epilogue=epilogue, **options)
+            sums = mk.grouped_gemm_rebased(rows, w, tiles, epilogue=epilogue, **options)
             whole = mk.quantize(sums[live], mk.MXFP8)
             assert torch.equal(q.data.view(torch.uint8)[live], whole.data.view(torch.uint8))
             assert torch.equal(q.scale[live], whole.scale)
@@ -317,28 +339,27 @@ def test_fp4_decoding_is_exact(monkeypatch, block_size, ptx, k):
     ids = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(k)[:, None]
     tiles = mk.moe_align_block_size(ids, block_size, experts, sort=True)
     x = torch.eye(k, device="cuda").repeat(experts, 1)
-    y = mk.grouped_gemm_rebased(mk.rebase_rows(x), r, tiles, top_k=1, scatter=True, out_dtype=torch.float32)
+    y = mk.grouped_gemm_rebased(mk.rebase_rows(x, tiles, top_k=1), r, tiles, scatter=True, out_dtype=torch.float32)
     assert torch.equal(y.unflatten(0, (experts, k)).transpose(1, 2), mk.dequantize(w, torch.float32))
 
 
-def _compiled(block_m, promote, gated, fp4=False, target="sm_90", even=False, **options):
-    """gated: GEMM 1, that is tokens gathered, and a result quantized; otherwise GEMM 2, rows in tile order and a result by pair."""
+def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
+    """gated: GEMM 1, whose result is quantized; otherwise GEMM 2, whose result is by pair."""
     from mx_kernels.kernels import rebased
     from mx_kernels.kernels.launch import takes_registers
 
     from .aot import compile_kernel
 
-    config = {**rebased.tile_config(block_m, promote, fp4, gated), **options}
+    config = {**rebased.tile_config(block_m, promote, fp4), **options}
     bn = config.pop("BN")
     signature = {
-        "x": "*fp8e4nv" if gated else f"tensordesc<fp8e4nv[{block_m},128]>",
-        "w": "*i32" if fp4 else f"tensordesc<fp8e4nv[{bn},128]>", "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32",
-        "w_scale": "*fp32", "y": "*fp8e4nv" if gated else "*bf16", "y_scale": "*u8", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32", "n_pairs": "i32",
-        "N": "i32", "N_OUT": "i32", "K": "i32", "top_k": "i32",
+        "x": f"tensordesc<fp8e4nv[{block_m},128]>", "w": "*i32" if fp4 else f"tensordesc<fp8e4nv[{bn},128]>",
+        "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32", "w_scale": "*fp32", "y": "*fp8e4nv" if gated else "*bf16", "y_scale": "*u8", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32", "n_pairs": "i32",
+        "N": "i32", "N_OUT": "i32",
     }  # fmt: skip
     constants = {
-        "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
-        "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), "GATHER": gated, "EVEN": even,
+        "K": 2880, "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
+        "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), 
         "BIAS": gated, "WEIGHTED": not gated, "SCATTER": not gated, "QUANTIZE": gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0, "LIMIT": 7.0,
     }  # fmt: skip
     return compile_kernel(rebased._grouped_gemm_rebased_kernel, signature, constants, target, **config)
@@ -386,15 +407,31 @@ def test_rebase_rows_compiles(aot, dtype, k, codes):
     first, rest = rebased._split(k)
     signature = {
         "x": "*fp8e4nv" if codes else f"*{dtype}", "x_stride": "i32", "x_scale": "*u8", "out": "*fp8e4nv", "scale": "*fp32",
-        "sorted_ids": "*i32", "num_padded": "*i32", "n_pairs": "i32",
+        "sorted_ids": "*i32", "num_padded": "*i32", "n_pairs": "i32", "top_k": "i32",
     }  # fmt: skip
-    constants = {"K": k, "FIRST": first, "REST": rest, "CODES": codes, "LISTED": codes}
+    constants = {"K": k, "FIRST": first, "REST": rest, "CODES": codes, "LISTED": True, "GATHER": not codes}
     warps = max(1, min(8, first // (1024 if codes else 512)))
     made = aot.compile_kernel(
-        rebased._rebase_rows_kernel, signature, constants, "sm_90", unaligned=("n_pairs",), num_warps=warps
+        rebased._rebase_rows_kernel, signature, constants, "sm_90", unaligned=("n_pairs", "top_k"), num_warps=warps
     )
     assert made.spills == 0
     assert any("F2FP" in name and "E4M3" in name for name in made.opcodes(full=True))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("words", [192, 1792])
+def test_copies_take_sixteen_bytes(aot, words):
+    from mx_kernels.kernels import rebased
+
+    signature = {"words": "*i32", "scale": "*fp32", "out": "*i32", "out_scale": "*fp32", "sorted_ids": "*i32", "num_padded": "*i32"}
+    signature |= {"n_pairs": "i32", "top_k": "i32", "W": "i32"}
+    made = aot.compile_kernel(
+        rebased._copy_rows_kernel, signature, {"WIDTH": 1 << (words - 1).bit_length()}, "sm_90", unaligned=("n_pairs", "top_k"),
+        num_warps=1,
+    )  # fmt: skip
+    names = made.opcodes(full=True)
+    assert names["LDG.E.128"] == names["STG.E.128"] > 0
+    assert made.spills == 0
 
 
 def test_devices_without_fp8_are_refused(monkeypatch):

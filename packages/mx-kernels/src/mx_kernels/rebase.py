@@ -107,93 +107,101 @@ def rebase(w: QuantizedTensor, *, gated: bool = False) -> RebasedWeight:
     )
 
 
-_DEEPEST = 63  # octaves under a row's largest scale from which on every code becomes zero
-
-
-@functools.cache
-def _tables(element: Element, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What becomes of code c under a scale d octaves below its row's largest, at d * codes + c: its code (uint8, E4M3; E2M1 stays
-    E2M1), and float32 [.., 4]: 1 if its value changes, 1 unless it is zero, and the squares of the change and of the value (over the
-    row's scale)."""
-    lift = reference.octaves_of_room(element)
-    codes = torch.arange(1 << element.bits, dtype=torch.uint8)
-    down = torch.arange(_DEEPEST + 1)[:, None]
-    one = torch.ones(_DEEPEST + 1, 1)
-    want = decode(codes, element) * torch.ldexp(one, lift - down)
-    if element is E2M1:
-        kept = torch.ldexp(one, lift - down.clamp(max=OCTAVES - 1))
-        new = encode(want / kept, E2M1)
-        now = decode(new, E2M1) * kept
-    else:
-        new = encode(want, MXFP8.element)
-        now = decode(new, MXFP8.element)
-    facts = torch.stack(((now != want).float(), (want != 0).float(), (now - want).square(), want.square()), -1)
-    return new.flatten().to(device), facts.flatten(0, 1).to(device)
-
-
 def _rebase(w: QuantizedTensor, gated: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Codes, octaves and scales of a RebasedWeight, and float64 [4]: numbers of changed and of non-zero weights, squares of changes
     and weights."""
     (experts, n, k), element = w.shape, w.format.element
-    octaves, tiles = None, -(-k // 64)
+    lift, tiles = reference.octaves_of_room(element), -(-k // 64)
+    top = w.scale.amax(-1)
+    row = scale_to_float(top) * 2.0**-lift
+    sums = torch.zeros(4, dtype=torch.float64, device=w.device)
+    octaves, whole = None, False
     if element is E2M1:
         data, octaves = empty_fp4(experts, n, k, w.device)
+        whole = not bool((top[..., None] - w.scale >= OCTAVES).any())  # no code changes: nothing to count
     else:
         data = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    top = w.scale.amax(-1)
-    row = scale_to_float(top) * 2.0 ** -reference.octaves_of_room(element)
-    sums = torch.zeros(4, dtype=torch.float64, device=w.device)
-    table, facts = _tables(element, w.device)
     for e in range(experts):
-        codes = unpack_codes(bytes_of(w.data[e]), w.format)
-        down = top[e][:, None].int() - w.scale[e].int()
-        index = ((down.clamp(max=_DEEPEST) << element.bits)[..., None] + codes.unflatten(-1, (-1, 32))).flatten(-2)
-        of_rows = facts[index].sum(-2).double()
-        of_rows[:, 2:] *= row[e].double().square()[:, None]
-        sums += of_rows.sum(0)
-        new = table[index]
+        down = top[e][:, None].int() - w.scale[e].int()  # octaves below the row's largest scale
+        codes = bytes_of(w.data[e])
+        if not whole:
+            codes = unpack_codes(codes, w.format)
+            value = _values(codes, element).unflatten(-1, (-1, 32))
+            want = value * _power(lift - down)[..., None]
+            if octaves is None:
+                new = want.to(torch.float8_e4m3fn)
+                codes, now = new.view(torch.uint8).flatten(-2), new.float()
+            else:
+                kept = _power(lift - down.clamp(max=OCTAVES - 1))[..., None]
+                new = encode(want / kept, E2M1)
+                codes, now = new.flatten(-2), decode(new, E2M1) * kept
+            squares = row[e].double().square()
+            sums[0] += (now != want).sum()
+            sums[1] += (want != 0).sum()
+            sums[2] += ((now - want).square().sum((-2, -1)) * squares).sum()
+            sums[3] += (want.square().sum((-2, -1)) * squares).sum()
         if gated:
-            new, down = (reference.gate_up_rows(t[None])[0] for t in (new, down))
+            codes, down = (reference.gate_up_rows(t[None])[0] for t in (codes, down))
         if octaves is None:
-            data[e] = new
+            data[e] = codes
         else:
-            data[e * tiles : (e + 1) * tiles], octaves[e] = pack_fp4(
-                new, (OCTAVES - 1 - down).clamp(min=0).to(torch.uint8)
-            )
+            codes = codes if whole else codes[..., 0::2] | (codes[..., 1::2] << 4)
+            up = (OCTAVES - 1 - down).clamp(min=0).to(torch.uint8)
+            data[e * tiles : (e + 1) * tiles], octaves[e] = pack_fp4(codes, up)
     return data, octaves, reference.gate_up_rows(row) if gated else row, sums
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2^exponent as float32; 0 where that would not be normal."""
+    return ((exponent + 127).clamp(min=0) << 23).view(torch.float32)
+
+
+def _values(codes: Tensor, element: Element) -> Tensor:
+    """float32 values of codes, a byte each."""
+    if element is MXFP8.element:
+        return codes.view(torch.float8_e4m3fn).float()
+    return _table(element, codes.device)[codes.int()]
+
+
+@functools.cache
+def _table(element: Element, device: torch.device) -> Tensor:
+    return decode(torch.arange(1 << element.bits, dtype=torch.uint8), element).to(device)
 
 
 @torch.library.custom_op("mx_kernels::rebase_rows", mutates_args=())
 def _rebase_rows(
-    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int
+    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    return reference.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs)
+    return reference.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs, top_k)
 
 
 @_rebase_rows.register_kernel(("cuda", "xpu"))
 def _rebase_rows_kernel(
-    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int
+    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
     if not has_triton():
-        return reference.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs)
+        return reference.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs, top_k)
     from .kernels import rebased as kernels
 
-    return kernels.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs)
+    return kernels.rebase_rows(x, x_scale, sorted_ids, num_padded, num_pairs, top_k)
 
 
 @_rebase_rows.register_fake
 def _(
-    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int
+    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)
+    rows = x.shape[0] if sorted_ids is None else sorted_ids.shape[0]
+    return x.new_empty((rows, x.shape[1]), dtype=torch.uint8), x.new_empty(rows, dtype=torch.float32)
 
 
-def rebase_rows(x: Tensor | QuantizedTensor, tiles: Alignment | None = None) -> tuple[Tensor, Tensor]:
+def rebase_rows(
+    x: Tensor | QuantizedTensor, tiles: Alignment | None = None, *, top_k: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize activations to MXFP8 (RCEIL) and re-base them, one scale a row.
 
-    x: [M, K] bf16, fp16 or fp32, K a multiple of 32; or MXFP8 already. With ``tiles`` x lies in the order of their slots, M = capacity,
-    and rows that hold no pair are undefined on a GPU (zero from the reference). Returns codes float8_e4m3fn [M, K] and scales float32
-    [M]. Raises TypeError and ValueError.
+    x: [M, K] bf16, fp16 or fp32, K a multiple of 32; or MXFP8 already. Returns codes float8_e4m3fn [M, K] and scales float32 [M]. With
+    ``tiles`` rows are slots, M = capacity: slot r's is row r of x, or with ``top_k`` row ``tiles.sorted_ids[r] // top_k``, that is its
+    pair's token; rows that hold no pair are undefined on a GPU (zero from the reference). Raises TypeError and ValueError.
     """
     if isinstance(x, QuantizedTensor):
         if x.format != MXFP8:
@@ -207,36 +215,44 @@ def rebase_rows(x: Tensor | QuantizedTensor, tiles: Alignment | None = None) -> 
         raise ValueError(f"x has shape {tuple(x.shape)}, needs [M, K]: flatten leading dimensions into M")
     MXFP8.check_k(x.shape[1], "K of x")
     sorted_ids, num_padded, num_pairs = None, None, 0
+    if tiles is None and top_k is not None:
+        raise ValueError(f"top_k is {top_k} without tiles: it says how tokens go to their slots, pass the alignment too")
     if tiles is not None:
         check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
         check_device(tiles.ids, x.device, "the alignment", "x")
         if tiles.sorted_ids is None:
             raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
-        if x.shape[0] != tiles.sorted_ids.shape[0]:
-            raise ValueError(f"x has {x.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]})")
+        if top_k is None and x.shape[0] != tiles.sorted_ids.shape[0]:
+            raise ValueError(
+                f"x has {x.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]}), or top_k with a row a token"
+            )
+        if top_k is not None and (top_k < 1 or x.shape[0] * top_k != tiles.num_pairs):
+            raise ValueError(
+                f"x has {x.shape[0]} rows and top_k is {top_k}, but the tile list holds {tiles.num_pairs} pairs: they must agree"
+            )
         sorted_ids, num_padded, num_pairs = tiles.sorted_ids, tiles.num_padded, tiles.num_pairs
     call = _rebase_rows_kernel if direct(data) else _rebase_rows
-    codes, scale = call(data, x_scale, sorted_ids, num_padded, num_pairs)
+    codes, scale = call(data, x_scale, sorted_ids, num_padded, num_pairs, top_k or 0)
     return codes.view(torch.float8_e4m3fn), scale
 
 
 _SCHEMA = (
     "(Tensor x, Tensor x_scale, Tensor w, Tensor? w_octaves, Tensor w_scale, Tensor ids, Tensor sorted_ids, Tensor expert_ids,"
-    " Tensor num_padded, int block_size, int top_k, Tensor? bias, str act, float alpha, float beta, float limit, Tensor? row_weight,"
+    " Tensor num_padded, int block_size, Tensor? bias, str act, float alpha, float beta, float limit, Tensor? row_weight,"
     " bool scatter, bool promote, bool quantize, ScalarType out_dtype) -> (Tensor, Tensor)"
 )
 
 
 def _rebased_product(  # type: ignore[no-untyped-def]
-    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, top_k, bias, act, alpha, beta, limit,
-    row_weight, scatter, promote, quantize, out_dtype,
+    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight,
+    scatter, promote, quantize, out_dtype,
 ):  # fmt: skip
     tiles = Alignment(ids, w_scale.shape[0], block_size, sorted_ids, expert_ids, num_padded)
     bias = reference.concatenated_rows(bias) if bias is not None and act else bias
     activation = whole_activation(act, "concatenated", True, alpha, beta, limit)
     epilogue = Epilogue(bias, activation, row_weight, MXFP8 if quantize else None)
     codes = _codes(w, w_octaves, w_scale.shape[1], x.shape[1])
-    return reference.grouped_gemm_rebased(x, x_scale, codes, w_scale, tiles, top_k, epilogue, scatter, out_dtype)
+    return reference.grouped_gemm_rebased(x, x_scale, codes, w_scale, tiles, epilogue, scatter, out_dtype)
 
 
 _grouped_gemm_rebased = torch.library.custom_op(
@@ -250,17 +266,17 @@ def _grouped_gemm_rebased_kernel(*args):  # type: ignore[no-untyped-def]
         return _rebased_product(*args)
     from .kernels import rebased as kernels
 
-    x, x_scale, w, w_octaves, w_scale, ids, *tiles, top_k, bias, act, alpha, beta, limit, weight, scatter, promote, quantize, dtype = args
+    x, x_scale, w, w_octaves, w_scale, ids, *tiles, bias, act, alpha, beta, limit, weight, scatter, promote, quantize, dtype = args
     return kernels.grouped_gemm_rebased(
-        x, x_scale, w, w_octaves, w_scale, *tiles, ids.numel(), top_k=top_k, bias=bias, row_weight=weight, scatter=scatter,
+        x, x_scale, w, w_octaves, w_scale, *tiles, ids.numel(), bias=bias, row_weight=weight, scatter=scatter,
         activation=act, alpha=alpha, beta=beta, limit=limit, promote=promote, quantize=quantize, out_dtype=dtype,
     )  # fmt: skip
 
 
 @_grouped_gemm_rebased.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, top_k, bias, act, alpha, beta, limit,
-    row_weight, scatter, promote, quantize, out_dtype,
+    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size, bias, act, alpha, beta, limit, row_weight,
+    scatter, promote, quantize, out_dtype,
 ):  # fmt: skip
     width = w_scale.shape[1] // 2 if act else w_scale.shape[1]
     rows = ids.numel() if scatter else sorted_ids.shape[0]
@@ -269,11 +285,10 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def grouped_gemm_rebased(
-    x: tuple[Tensor, Tensor],  # [capacity, K], [capacity]; or [T, K], [T] with top_k
+    x: tuple[Tensor, Tensor],  # [capacity, K], [capacity]
     w: RebasedWeight,  # [E, N, K]
     tiles: Alignment,
     *,
-    top_k: int | None = None,
     epilogue: Epilogue | None = None,
     scatter: bool = False,
     promote: bool = True,
@@ -281,9 +296,9 @@ def grouped_gemm_rebased(
 ) -> Tensor | QuantizedTensor:  # [capacity, N_out] or [P, N_out]
     """``grouped_gemm`` on what ``rebase_rows`` and ``rebase`` return.
 
-    Row r of x belongs to slot r of the tile list; with ``top_k``, row t to token t, that is to pairs t * top_k and on. Row r of the
-    result belongs to slot r; with ``scatter``, row p to pair p. Rows without a pair are zero from the reference and undefined on a GPU.
-    Epilogue: bias [E, N], a gated "silu" or "swiglu_oai" (exactly where ``w.gated``), row weight, requantize_to MXFP8 by its rule.
+    Row r of x and of the result belongs to slot r of the tile list; with ``scatter``, row p of the result to pair p. Rows without a
+    pair are zero from the reference and undefined on a GPU. Epilogue: bias [E, N], a gated "silu" or "swiglu_oai" (exactly where
+    ``w.gated``), row weight, requantize_to MXFP8 by its rule.
     promote: sum in float32 every 128 along K instead of in the matrix unit's accumulator; the reference always does, and so does
     MXFP4 in blocks of fewer than 128 pairs.
     Raises ValueError for shapes, devices, and an epilogue that it does not have; TypeError for dtypes.
@@ -296,7 +311,7 @@ def grouped_gemm_rebased(
     data, scale = x
     if data.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (data.shape[0],):
         raise ValueError(
-            f"x is {data.dtype} {tuple(data.shape)} with scales {tuple(scale.shape)}, needs float8_e4m3fn [rows, K] with "
+            f"x is {data.dtype} {tuple(data.shape)} with scales {tuple(scale.shape)}, needs float8_e4m3fn [capacity, K] with "
             "one float32 scale a row: pass what rebase_rows returns"
         )
     check_float32(scale, "the scale of x")
@@ -321,15 +336,9 @@ def grouped_gemm_rebased(
         MXFP8.check_k(n_out, "the width of the result")
     if tiles.sorted_ids is None:
         raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
-    if data.shape[1] != w.shape[2]:
-        raise ValueError(f"x is {tuple(data.shape)} and w {tuple(w.shape)}: their K must be the same")
-    if top_k is None and data.shape[0] != tiles.sorted_ids.shape[0]:
+    if data.shape[0] != tiles.sorted_ids.shape[0] or data.shape[1] != w.shape[2]:
         raise ValueError(
-            f"x has {data.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]}), or top_k with a row a token"
-        )
-    if top_k is not None and (top_k < 1 or data.shape[0] * top_k != tiles.num_pairs):
-        raise ValueError(
-            f"x has {data.shape[0]} rows and top_k is {top_k}, but the tile list holds {tiles.num_pairs} pairs: they must agree"
+            f"x is {tuple(data.shape)}, but the tile list has {tiles.sorted_ids.shape[0]} slots and w is {tuple(w.shape)}"
         )
     if tiles.num_experts != w.shape[0]:
         raise ValueError(f"the tile list is for {tiles.num_experts} experts, w has {w.shape[0]}")
@@ -351,6 +360,6 @@ def grouped_gemm_rebased(
     call = _grouped_gemm_rebased_kernel if direct(data, w.data) else _grouped_gemm_rebased
     y, y_scale = call(
         data.view(torch.uint8), scale, w.data.view(torch.uint8), w.octaves, w.scale, tiles.ids, tiles.sorted_ids, tiles.expert_ids,
-        tiles.num_padded, tiles.block_size, top_k or 0, bias, kind, alpha, beta, limit, weight, scatter, promote, quantize, out_dtype,
+        tiles.num_padded, tiles.block_size, bias, kind, alpha, beta, limit, weight, scatter, promote, quantize, out_dtype,
     )  # fmt: skip
     return requantized(y, y_scale, MXFP8.name, None, out_dtype) if quantize else y

@@ -40,15 +40,25 @@ def empty_fp4(experts: int, n: int, k: int, device: torch.device) -> tuple[Tenso
 
 
 def pack_fp4(codes: Tensor, octaves: Tensor) -> tuple[Tensor, Tensor]:
-    """E2M1 codes, uint8 [N, K], and octaves, uint8 [N, K / 32], of one matrix -> its data [K tiles, strips, 512] and octaves."""
-    n, k = codes.shape
-    codes = pad(codes, (0, -k % 64, 0, -n % 16))
+    """MXFP4's bytes, uint8 [N, K / 2], and octaves, uint8 [N, K / 32], of one matrix -> its data [K tiles, strips, 512] and octaves."""
+    n, k = codes.shape[0], 2 * codes.shape[1]
+    codes = pad(codes, (0, -k % 64 // 2, 0, -n % 16))
     octaves = pad(octaves, (0, -k % 128 // 32, 0, -n % 16))
-    c = codes.reshape(-1, 2, 8, codes.shape[1] // 64, 2, 2, 4, 4)  # strip, row half, g, tile, block, column half, c, i
-    c = c.permute(3, 0, 2, 6, 1, 4, 5, 7).flatten(-2)  # .. eight codes of a word
-    sign, low, high = c >> 3, c[..., 0::2] & 7, (c[..., 1::2] & 7) << 4
-    words = low | high | (sign[..., 4:] << 3) | (sign[..., :4] << 7)
-    return words.flatten(2), octaves.reshape(codes.shape[0], -1, 4).transpose(0, 1)
+    c = codes.reshape(-1, 2, 8, codes.shape[1] // 32, 2, 2, 4, 2)  # strip, row half, g, tile, block, column half, c, bytes
+    c = c.permute(3, 0, 2, 6, 1, 4, 5, 7).contiguous()
+    nibbles = c.view(torch.int16)[..., 0].int() & 0xFFFF  # of four neighbours
+    first, last = nibbles[..., 0], nibbles[..., 1]
+    words = (first | (last << 16)) & 0x77777777
+    words = words | _top_bits(first, 4) | _top_bits(last, 0)
+    return words.view(torch.uint8).reshape(*words.shape[:2], 512), octaves.reshape(codes.shape[0], -1, 4).transpose(0, 1)
+
+
+def _top_bits(nibbles: Tensor, up: int) -> Tensor:
+    """The top bits of four nibbles, each in a byte of its own, at its bit 3 + ``up``."""
+    bits = torch.zeros_like(nibbles)
+    for i in range(4):
+        bits |= ((nibbles >> (4 * i + 3)) & 1) << (8 * i + 3 + up)
+    return bits
 
 
 def unpack_fp4(data: Tensor, octaves: Tensor, n: int, k: int) -> Tensor:

@@ -17,23 +17,9 @@ from torch import Tensor
 from ..formats import ScaleRule, get_format
 from . import quantize as quantization
 from .bits import element_bits, word_factor
-from .finish import activated
+from .finish import activated, sigmoid
 from .launch import launch, target
 from .quantize import _block_scale, _load_tile, _store_codes, _widened
-
-
-@triton.jit
-def _sigmoid(x, ASM: tl.constexpr):
-    """1 / (1 + exp(-x)), to a few units in the last place; by the hardware's exp2 and reciprocal where ASM."""
-    if ASM:
-        e = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [e + 1.0], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.sigmoid(x)
 
 
 @triton.jit
@@ -47,9 +33,9 @@ def _activated(
             u = tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL)
             u = tl.minimum(u, limit, propagate_nan=tl.PropagateNan.ALL)
         if KIND == "silu":
-            return g * _sigmoid(g, ASM) * u
+            return g * sigmoid(g, 1.0, ASM) * u
         else:
-            return g * _sigmoid(alpha * g, ASM) * (u + beta)
+            return g * sigmoid(g, alpha, ASM) * (u + beta)
     else:
         return activated(g, u, alpha, beta, limit, KIND, GATED, CLAMP)
 

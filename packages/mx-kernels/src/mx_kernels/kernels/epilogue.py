@@ -9,23 +9,24 @@ import triton
 import triton.language as tl
 
 from .bits import e8m0_byte, e8m0_reciprocal, e8m0_value, larger, round_to
+from .finish import sigmoid
 
 
 @triton.jit
-def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+def _tanh(x, ASM: tl.constexpr):
+    return 2.0 * sigmoid(x, 2.0, ASM) - 1.0
 
 
 @triton.jit
-def _gate(g, alpha, KIND: tl.constexpr):
+def _gate(g, alpha, KIND: tl.constexpr, ASM: tl.constexpr):
     if KIND == "silu":
-        return g * tl.sigmoid(g)
+        return g * sigmoid(g, 1.0, ASM)
     elif KIND == "swiglu_oai":
-        return g * tl.sigmoid(alpha * g)
+        return g * sigmoid(g, alpha, ASM)
     elif KIND == "gelu":
         return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
     elif KIND == "gelu_tanh":
-        return 0.5 * g * (1.0 + _tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)))
+        return 0.5 * g * (1.0 + _tanh(0.7978845608028654 * (g + 0.044715 * g * g * g), ASM))
     elif KIND == "relu2":
         r = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return r * r
@@ -82,6 +83,7 @@ def _finish(
     HAS_ALPHA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Scale, bias, activation, row weight: float32 [N or N / 2, M]."""
     if HAS_ALPHA:
@@ -99,7 +101,7 @@ def _finish(
             u = tl.minimum(u, act_limit, propagate_nan=tl.PropagateNan.ALL)
         if ACT == "swiglu_oai":
             u = u + act_beta
-        o = _gate(g, act_alpha, ACT) * u
+        o = _gate(g, act_alpha, ACT, ASM) * u
     else:
         o = acc
         if HAS_BIAS:
@@ -107,7 +109,7 @@ def _finish(
         if ACT != "":
             if LIMIT:
                 o = tl.minimum(o, act_limit, propagate_nan=tl.PropagateNan.ALL)
-            o = _gate(o, act_alpha, ACT)
+            o = _gate(o, act_alpha, ACT, ASM)
     if HAS_WEIGHT:
         o = o * weight[None, :]
     return o
@@ -128,7 +130,7 @@ def store(
     act_alpha, act_beta, act_limit,
     N: tl.constexpr, M: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND: tl.constexpr, RULE: tl.constexpr, INTERLEAVED: tl.constexpr,
-    EARLY: tl.constexpr, WIDE: tl.constexpr, RELOAD: tl.constexpr,
+    EARLY: tl.constexpr, WIDE: tl.constexpr, RELOAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Epilogue and store; loads what ``_tile`` did not load before the K loop."""
     j, inside, i0, i1 = outputs(row0, n, N, GATED, INTERLEAVED, ACT)
@@ -144,7 +146,7 @@ def store(
             weight = tl.load(row_weight + pair, mask=live, other=0.0)
     o = _finish(
         acc, scale, b0, b1, weight, act_alpha, act_beta, act_limit,
-        N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
+        N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ASM,
     )  # fmt: skip
     if ROUND != "":
         o = _rounded(o, ROUND, RULE)

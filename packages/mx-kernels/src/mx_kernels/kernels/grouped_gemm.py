@@ -96,7 +96,7 @@ def _tile(
         store(
             acc, y, sorted_ids, bias, row_weight, first, pair, live, pairs, n, scale, strip0 * 16, b0, b1, weight,
             act_alpha, act_beta, act_limit,
-            N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, INTERLEAVED, EARLY, WIDE, ROUTE == SORTED,
+            N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, INTERLEAVED, EARLY, WIDE, ROUTE == SORTED, PTX,
         )  # fmt: skip
 
 

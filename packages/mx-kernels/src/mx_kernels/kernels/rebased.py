@@ -3,10 +3,10 @@
     y[p, n] = x_scale[p] * w_scale[e, n] * sum_k x[p, k] * w[e, n, k]        x [R, K], w [E, N, K] float8_e4m3fn
 
 ``rebase_rows`` makes x: MXFP8 (RCEIL) per 32, then each code times 2^(block exponent - row exponent), rounded to E4M3 again;
-only codes that become subnormal or vanish can change. Tokens are gathered by address; rows in the order of the tile list (row r of
-tile r // BM) arrive by TMA, as do weights, but for MXFP4's words, decoded in registers (``rebased_fp4.py`` has their layout). Weight
-rows of a gated layer come as [8 gate | 8 up] per 16: both halves of a pair meet in one thread. A result may be quantized to MXFP8 as
-it is stored, from which ``rebase_rows`` goes on.
+only codes that become subnormal or vanish can change. Rows lie in the order of the tile list (row r of tile r // BM), so x and w
+arrive by TMA; MXFP4's words are decoded in registers (``rebased_fp4.py`` has their layout). Weight rows of a gated layer come as
+[8 gate | 8 up] per 16: both halves of a pair meet in one thread. A result may be quantized to MXFP8 as it is stored, from which
+``rebase_rows`` goes on.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..choose import Unsupported
-from .bits import e8m0_value
+from .bits import e8m0_reciprocal, e8m0_value
 from .dot import drained
+from .finish import sigmoid
 from .launch import launch, takes_registers, target
 
 
@@ -34,11 +35,9 @@ def _rceil(amax):
 
 @triton.jit
 def _codes(v, e):
-    """float32 / 2^(e - 127) as E4M3, saturated; e broadcast over the blocks of v."""
-    inverse = tl.maximum(254 - e, 1)  # 2^(127 - e): e = 254 needs 2^-127, which is 2^-126 / 2
-    q = v * (inverse << 23).to(tl.float32, bitcast=True)
-    q = tl.where(e == 254, q * 0.5, q)
-    return tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv)
+    """float32 / 2^(e - 127) as E4M3; e broadcast over the blocks of v. By RCEIL only infinities are above 448: the conversion
+    saturates them."""
+    return (v * e8m0_reciprocal(e)).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -64,18 +63,23 @@ def _store_blocks(out, start, v, e, top, K: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _rebase_rows_kernel(
-    x, x_stride, x_scale, out, scale, sorted_ids, num_padded, n_pairs,
-    K: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, CODES: tl.constexpr, LISTED: tl.constexpr,
+    x, x_stride, x_scale, out, scale, sorted_ids, num_padded, n_pairs, top_k,
+    K: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, CODES: tl.constexpr, LISTED: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """CODES: x is MXFP8 with scale bytes x_scale [M, K / 32]. LISTED: only rows that are slots of a tile list with a pair."""
+    """CODES: x is MXFP8 with scale bytes x_scale [M, K / 32]. LISTED: only rows that are slots of a tile list with a pair, which are
+    of x's row sorted_ids[r] // top_k where GATHER."""
     r = tl.program_id(0).to(tl.int64)
+    source = r
     if LISTED:
         if r >= tl.load(num_padded):
             return
-        if tl.load(sorted_ids + r) >= n_pairs:
+        pair = tl.load(sorted_ids + r)
+        if pair >= n_pairs:
             return
-    x += r * x_stride
-    x_scale += r * (K // 32)
+        if GATHER:
+            source = (pair // top_k).to(tl.int64)
+    x += source * x_stride
+    x_scale += source * (K // 32)
     v, e = _load_blocks(x, x_scale, 0, K, FIRST, CODES)
     top = tl.max(e, 0)
     if REST > 0:
@@ -84,6 +88,21 @@ def _rebase_rows_kernel(
         _store_blocks(out + r * K, FIRST, v2, e2, top, K, REST)
     _store_blocks(out + r * K, 0, v, e, top, K, FIRST)
     tl.store(scale + r, e8m0_value(top))
+
+
+@triton.jit
+def _copy_rows_kernel(words, scale, out, out_scale, sorted_ids, num_padded, n_pairs, top_k, W, WIDTH: tl.constexpr):
+    """Row sorted_ids[r] // top_k of ``words`` int32 [T, W], and its scale, to row r."""
+    r = tl.program_id(0).to(tl.int64)
+    if r >= tl.load(num_padded):
+        return
+    pair = tl.load(sorted_ids + r)
+    if pair >= n_pairs:
+        return
+    token = (pair // top_k).to(tl.int64)
+    k = tl.arange(0, WIDTH)
+    tl.store(out + r * W + k, tl.load(words + token * W + k, mask=k < W), mask=k < W)
+    tl.store(out_scale + r, tl.load(scale + token))
 
 
 def _needs_fp8(device: torch.device) -> None:
@@ -95,23 +114,37 @@ def _needs_fp8(device: torch.device) -> None:
         )
 
 
+COPIED = 1 << 24
+"""Codes from which on tokens are re-based once each and copied to their slots, instead of once a slot: two launches."""
+
+
 def rebase_rows(
-    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int
+    x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    """x [M, K], or MXFP8 codes with scale bytes [M, K / 32] -> codes uint8 [M, K] and scales float32 [M]; the op's arguments."""
+    """x [M, K], or MXFP8 codes with scale bytes [M, K / 32] -> codes uint8 and scales float32 of M rows, or of each slot; the op's
+    arguments."""
     _needs_fp8(x.device)
-    m, k = x.shape
-    out = torch.empty(m, k, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    if m and k:
-        first, rest = _split(k)
-        warps = max(1, min(8, first // (1024 if x_scale is not None else 512)))
+    k, rows = x.shape[1], x.shape[0] if sorted_ids is None else sorted_ids.shape[0]
+    out = torch.empty(rows, k, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if not rows or not k:
+        return out, scale
+    if top_k > 1 and num_pairs * k >= COPIED:
+        assert sorted_ids is not None
+        codes, once = rebase_rows(x, x_scale, None, None, 0, 0)
         launch(
-            _rebase_rows_kernel, (m,), x.device, x if x_scale is None else x.view(torch.float8_e4m3fn), x.stride(0),
-            out if x_scale is None else x_scale, out.view(torch.float8_e4m3fn), scale, scale if sorted_ids is None else sorted_ids,
-            scale if num_padded is None else num_padded, num_pairs,
-            K=k, FIRST=first, REST=rest, CODES=x_scale is not None, LISTED=sorted_ids is not None, num_warps=warps,
+            _copy_rows_kernel, (rows,), x.device, codes.view(torch.int32), once, out.view(torch.int32), scale, sorted_ids, num_padded,
+            num_pairs, top_k, k // 4, WIDTH=triton.next_power_of_2(k // 4), num_warps=max(1, min(8, k // 4096)),
         )  # fmt: skip
+        return out, scale
+    first, rest = _split(k)
+    coded = x_scale is not None
+    launch(
+        _rebase_rows_kernel, (rows,), x.device, x.view(torch.float8_e4m3fn) if coded else x, x.stride(0), x_scale if coded else out,
+        out.view(torch.float8_e4m3fn), scale, scale if sorted_ids is None else sorted_ids, scale if num_padded is None else num_padded,
+        num_pairs, top_k, K=k, FIRST=first, REST=rest, CODES=coded, LISTED=sorted_ids is not None, GATHER=top_k > 0,
+        num_warps=max(1, min(8, first // (1024 if coded else 512))),
+    )  # fmt: skip
     return out, scale
 
 
@@ -189,13 +222,13 @@ def _fp4_tile(words, octaves, N: tl.constexpr, BK: tl.constexpr, PTX: tl.constex
 
 @triton.jit
 def _grouped_gemm_rebased_kernel(
-    x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded, bias, row_weight, n_pairs, N, N_OUT, K, top_k,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
-    FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr,
+    x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded, bias, row_weight, n_pairs, N, N_OUT,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
+    FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr,
     QUANTIZE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """x, w: descriptors, but for pointers to x [T, K] where GATHER (row r is token sorted_ids[r] // top_k; EVEN: BK divides K), and to
-    MXFP4's words where FP4 (BK is 128 then, and SWAP is set: weights from registers are the left operand)."""
+    """x, w: descriptors; FP4: w is the pointer to MXFP4's words, BK is 128, and SWAP is set (weights from registers are the left
+    operand)."""
     m_tiles = tl.load(num_padded) // BM
     n_tiles = tl.cdiv(N, BN)
     tile, pid_n = _tile_of(tl.program_id(0), m_tiles, n_tiles, GROUP)
@@ -203,13 +236,6 @@ def _grouped_gemm_rebased_kernel(
         return
     expert = tl.load(expert_ids + tile)
     steps = tl.cdiv(K, BK)
-    tl.assume(steps > 0)
-    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
-    if GATHER:
-        pair = tl.load(sorted_ids + row)
-        token = (tl.where(pair < n_pairs, pair, 0) // top_k).to(tl.int64)
-        column = tl.arange(0, BK)
-        x_at = x + token[:, None] * K + column[None, :]
     if FP4:
         strips = tl.cdiv(N, 16)
         strip = tl.minimum(pid_n * (BN // 16) + tl.arange(0, BN // 16), strips - 1)
@@ -221,12 +247,7 @@ def _grouped_gemm_rebased_kernel(
         octave_at += weight_row[:, None] * 4 + tl.arange(0, 4)[None, :]
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     for step in range(steps):
-        if not GATHER:
-            xt = x.load([tile * BM, step * BK])
-        elif EVEN:
-            xt = tl.load(x_at + step * BK)
-        else:
-            xt = tl.load(x_at + step * BK, mask=(column < K - step * BK)[None, :], other=0.0)
+        xt = x.load([tile * BM, step * BK])
         if FP4:
             wt = _fp4_tile(
                 tl.load(w_at + step * (strips * 256)), tl.load(octave_at + step * (strips * 64)), BN, BK, PTX
@@ -253,10 +274,11 @@ def _grouped_gemm_rebased_kernel(
     if SWAP:
         acc = acc.trans()
     n = pid_n * BN + tl.arange(0, BN)
+    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
     pair = tl.load(sorted_ids + row)
     live = pair < n_pairs
     ws = tl.load(w_scale + expert.to(tl.int64) * N + n, mask=n < N, other=0.0)
-    xs = tl.load(x_scale + (pair // top_k if GATHER else row), mask=live, other=0.0)
+    xs = tl.load(x_scale + row, mask=live, other=0.0)
     acc = acc * xs[:, None] * ws[None, :]
     if BIAS:
         acc += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -269,9 +291,9 @@ def _grouped_gemm_rebased_kernel(
             up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
             up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         if KIND == "swiglu_oai":
-            acc = gate * tl.sigmoid(ALPHA * gate) * (up + BETA)
+            acc = gate * sigmoid(gate, ALPHA, PTX) * (up + BETA)
         else:
-            acc = gate * tl.sigmoid(gate) * up
+            acc = gate * sigmoid(gate, 1.0, PTX) * up
         n = pid_n * (BN // 2) + tl.arange(0, BN // 2)
     if WEIGHTED:
         acc = acc * tl.load(row_weight + pair, mask=live, other=0.0)[:, None]
@@ -290,11 +312,11 @@ def _grouped_gemm_rebased_kernel(
         tl.store(y + target[:, None] * N_OUT + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
-def tile_config(block_m: int, promote: bool, fp4: bool = False, gather: bool = False) -> dict[str, int | bool]:
+def tile_config(block_m: int, promote: bool, fp4: bool = False) -> dict[str, int | bool]:
     """Tile of weight rows, warps and stages for a block of ``block_m`` tokens: the fastest measured (docs/performance.md).
 
-    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill, and
-    with gathered tokens the products are not serialized. Of FP4, sums in the matrix unit want one product of a warpgroup a tile: ptxas serializes two whose weights come from registers; and
+    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill. Of
+    FP4, sums in the matrix unit want one product of a warpgroup a tile: ptxas serializes two whose weights come from registers; and
     promoted blocks of 128 take two programs of 64 rows a multiprocessor, since they wait for every product.
     """
     if fp4 and block_m >= 128 and promote:
@@ -304,7 +326,7 @@ def tile_config(block_m: int, promote: bool, fp4: bool = False, gather: bool = F
     if fp4:
         return {"BN": 128, "num_warps": 4, "num_stages": 4, "SWAP": True}
     if block_m >= 128:
-        return {"BN": 256, "num_warps": 8, "num_stages": 4, "SWAP": promote or gather}
+        return {"BN": 256, "num_warps": 8, "num_stages": 4, "SWAP": promote}
     if block_m == 64:
         return {"BN": 128 if promote else 256, "num_warps": 4, "num_stages": 4, "SWAP": False}
     if block_m == 32:
@@ -314,12 +336,12 @@ def tile_config(block_m: int, promote: bool, fp4: bool = False, gather: bool = F
 
 def grouped_gemm_rebased(
     x: Tensor, x_scale: Tensor, w: Tensor, w_octaves: Tensor | None, w_scale: Tensor, sorted_ids: Tensor, expert_ids: Tensor,
-    num_padded: Tensor, block_m: int, num_pairs: int, *, top_k: int = 0, bias: Tensor | None = None, row_weight: Tensor | None = None,
+    num_padded: Tensor, block_m: int, num_pairs: int, *, bias: Tensor | None = None, row_weight: Tensor | None = None,
     scatter: bool = False, activation: str = "", alpha: float = 0.0, beta: float = 0.0, limit: float = math.inf,
     promote: bool = True, quantize: bool = False, out_dtype: torch.dtype = torch.bfloat16, config: dict | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x bytes of E4M3 in tile order [capacity, K], or [T, K] with ``top_k`` -> [capacity, N_out] in tile order, or [num_pairs, N_out]
-    if ``scatter``; with ``quantize`` codes and scale bytes of MXFP8, otherwise the second is empty."""
+    """x bytes of E4M3 in tile order [capacity, K] -> [capacity, N_out] in tile order, or [num_pairs, N_out] if ``scatter``; with
+    ``quantize`` codes and scale bytes of MXFP8, otherwise the second is empty."""
     _needs_fp8(x.device)
     (experts, n), k, fp4 = w_scale.shape, x.shape[1], w_octaves is not None
     promote = promote or (fp4 and block_m < 128)  # where it costs next to nothing
@@ -331,17 +353,17 @@ def grouped_gemm_rebased(
     if tiles == 0 or y.numel() == 0:
         return y, y_scale
     wgmma = target(x.device).wgmma
-    c = {**tile_config(block_m, promote, fp4, top_k > 0), **(config or {})}
+    c = {**tile_config(block_m, promote, fp4), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
     grid = (-(-tiles // group) * group * -(-n // bn),)
     weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk])
     launch(
         _grouped_gemm_rebased_kernel, grid, x.device,
-        x.view(fp8) if top_k else TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
+        TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
         x_scale, w_scale, y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
-        row_weight if row_weight is not None else y, num_pairs, n, n_out, k, top_k,
-        BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma, DRAIN=wgmma and takes_registers(),
-        GATHER=top_k > 0, EVEN=k % bk == 0, BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, QUANTIZE=quantize,
+        row_weight if row_weight is not None else y, num_pairs, n, n_out,
+        K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma, DRAIN=wgmma and takes_registers(),
+        BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, QUANTIZE=quantize,
         GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,
     )  # fmt: skip
     return y, y_scale

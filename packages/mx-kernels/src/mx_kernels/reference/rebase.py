@@ -43,17 +43,23 @@ def rebased(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def rebase_rows(
     x: Tensor,  # [M, K]
     x_scale: Tensor | None,  # uint8 [M, K / 32] where x is MXFP8's codes
-    sorted_ids: Tensor | None,  # [M]
+    sorted_ids: Tensor | None,  # [capacity]
     num_padded: Tensor | None,  # [1]
     num_pairs: int,
-) -> tuple[Tensor, Tensor]:  # [M, K], [M]
-    """MXFP8 (RCEIL), then re-based. With a tile list, rows that are no slot with a pair become zero."""
+    top_k: int,  # 0: a row of x for each slot
+) -> tuple[Tensor, Tensor]:  # [M, K], [M]; or of capacity rows
+    """MXFP8 (RCEIL), then re-based. With a tile list, slot r is row sorted_ids[r] // top_k of x, or row r; those without a pair are zero."""
     if x_scale is None:
         q = quantize(x, MXFP8)
         x, x_scale = q.data.view(torch.uint8), q.scale
     data, scale = rebased(x, x_scale)
     if sorted_ids is not None:
-        live = (torch.arange(len(x), device=x.device) < num_padded) & (sorted_ids < num_pairs)
+        slot = torch.arange(len(sorted_ids), device=x.device)
+        live = (slot < num_padded) & (sorted_ids < num_pairs)
+        if top_k:
+            rows = (torch.where(live, sorted_ids, 0) // top_k).long()
+            empty = data.new_zeros((len(slot), x.shape[1])), scale.new_zeros(len(slot))
+            data, scale = (data[rows], scale[rows]) if len(x) else empty
         data, scale = torch.where(live[:, None], data, 0), torch.where(live, scale, 0.0)
     return data.to(torch.uint8), scale
 
@@ -71,12 +77,11 @@ def concatenated_rows(w: Tensor) -> Tensor:
 
 
 def grouped_gemm_rebased(
-    x: Tensor,  # [capacity, K], or [T, K] with top_k
-    x_scale: Tensor,  # [capacity] or [T]
+    x: Tensor,  # [capacity, K]
+    x_scale: Tensor,  # [capacity]
     w: Tensor,  # [E, N, K]
     w_scale: Tensor,  # [E, N]
     tiles: Alignment,
-    top_k: int,  # 0: in tile order
     epilogue: Epilogue,
     scatter: bool,
     out_dtype: torch.dtype,
@@ -86,13 +91,12 @@ def grouped_gemm_rebased(
     slot = torch.arange(tiles.sorted_ids.shape[0], device=x.device)
     live = (slot < tiles.num_padded) & (tiles.sorted_ids < tiles.num_pairs)
     pair = torch.where(live, tiles.sorted_ids, tiles.num_pairs).long()
-    rows = x.view(torch.float8_e4m3fn).float() * x_scale[:, None]
-    if not top_k:
-        rows = rows.new_zeros((tiles.num_pairs + 1, x.shape[1])).index_copy(0, pair, rows)[:-1]
+    values = x.view(torch.float8_e4m3fn).float() * x_scale[:, None]
+    rows = values.new_zeros((tiles.num_pairs + 1, x.shape[1])).index_copy(0, pair, values)[:-1]
     weight = w.view(torch.float8_e4m3fn).float() * w_scale[..., None]
     if epilogue.activation is not None:
         weight = concatenated_rows(weight)
-    y = grouped_gemm(rows, weight, tiles, top_k=top_k or 1, epilogue=epilogue, out_dtype=out_dtype)
+    y = grouped_gemm(rows, weight, tiles, epilogue=epilogue, out_dtype=out_dtype)
     parts = (y.data.view(torch.uint8), y.scale) if isinstance(y, QuantizedTensor) else (y, y.new_empty(0, dtype=torch.uint8))
     if scatter:
         return parts

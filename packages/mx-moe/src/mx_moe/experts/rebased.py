@@ -4,7 +4,7 @@ The block scales of a weight row, and of a token, are folded into its E4M3 codes
 That changes codes that become subnormal, so it is never chosen by itself: ask for ``backend="rebased"``. ``exactness`` says what
 it did to the weights; ``experts.promote = False`` leaves sums in the matrix unit, which keeps about 14 bits.
 
-    tiles = align(ids); x -> rebase_rows; GEMM 1, gathered, activation, to MXFP8; rebase_rows; GEMM 2 x routing weight; combine
+    tiles = align(ids); x -> rebase_rows, gathered; GEMM 1, activation, to MXFP8; rebase_rows; GEMM 2 x routing weight; combine
 """
 
 from __future__ import annotations
@@ -91,10 +91,9 @@ class RebasedExperts(ExpertsBase):
         rows = rows_per_block(routing.ids.numel(), self.num_experts, fp4)
         tiles = mk.moe_align_block_size(routing.ids, rows, self.num_experts, self.expert_map, sort=True)
         h = mk.grouped_gemm_rebased(
-            mk.rebase_rows(x),
+            mk.rebase_rows(x, tiles, top_k=routing.top_k),
             self._w13,
             tiles,
-            top_k=routing.top_k,
             epilogue=Epilogue(self._w13_bias, self.activation, requantize_to=mk.MXFP8),
             promote=self.promote,
         )

@@ -22,7 +22,7 @@ ACTIVATIONS = {
 
 
 class _Ours(Peer):
-    backend, inputs, promote = "auto", None, True
+    backend, inputs, promote = "auto", None, False
 
     def prepare(self, shape, W):
         return types.SimpleNamespace(**{f"{n}{i}": t for n in ("w13", "w2") for i, t in enumerate(W.t[n])}, made=[])
@@ -43,8 +43,8 @@ class _Ours(Peer):
                 parts.append(mk.dequantize(q) if self.fmt == "bf16" else q)
             weights = mq.ExpertWeights(*parts)
             experts = mm.make_experts(weights, ACTIVATIONS[shape.act], backend=self.backend, inputs=self.inputs)
-            if not self.promote:
-                experts.promote = False
+            if self.promote:
+                experts.promote = True
             st.made[:] = [st.w130.data_ptr(), experts]
         experts, routing = st.made[1], mm.Routing(inp.ids, inp.w)
         return lambda: experts(inp.x, routing)
@@ -59,5 +59,5 @@ for _fmt in ("bf16", "mxfp8", "mxfp4", "nvfp4"):
 for _fmt in ("mxfp8", "mxfp4"):
     _register(f"mx_{_fmt}_a8", _fmt, inputs="mxfp8", tol=0.06)
     _register(f"mx_{_fmt}_a8_rebased", _fmt, inputs="mxfp8", backend="rebased", tol=0.06)
-    _register(f"mx_{_fmt}_a8_rebased_fast", _fmt, inputs="mxfp8", backend="rebased", promote=False, tol=0.06)
+    _register(f"mx_{_fmt}_a8_rebased_promoted", _fmt, inputs="mxfp8", backend="rebased", promote=True, tol=0.06)
 _register("mx_mxfp8_emulation", "mxfp8", backend="emulation")

@@ -43,13 +43,13 @@ class Mode:
     inputs: str | None = None
     tolerance: float = 0.02
     formats: tuple[str, ...] | None = None
-    promote: bool = True
+    promote: bool = False
 
 
 MODES = {
     "a16": Mode(""),
     "a8": Mode("_a8_rebased", "rebased", "mxfp8", 0.06, ("mxfp8", "mxfp4")),
-    "a8-fast": Mode("_a8_rebased_fast", "rebased", "mxfp8", 0.06, ("mxfp8", "mxfp4"), promote=False),
+    "a8-promoted": Mode("_a8_rebased_promoted", "rebased", "mxfp8", 0.06, ("mxfp8", "mxfp4"), promote=True),
     "a8-exact": Mode("_a8", "auto", "mxfp8", 0.06, ("mxfp8", "mxfp4")),
     "emulation": Mode("_emulation", "emulation", formats=("mxfp8", "mxfp4", "nvfp4")),
 }
@@ -154,8 +154,8 @@ def ours(task: Task, mode: Mode, w: mq.ExpertWeights, copies: list[Any]) -> repo
     count = layers_for(task.shape, task.fmt, task.tokens, task.routing)
     while len(copies) < count:
         made = mm.make_experts(clone(w), task.shape.activation, backend=mode.backend, inputs=mode.inputs)
-        if not mode.promote:
-            made.promote = False
+        if mode.promote:
+            made.promote = True
         copies.append(made)
     cell = measure(task, lambda e, x, ids, p: lambda: e(x, mm.Routing(ids, p)), copies[:count], w)
     return {**cell, "backend": copies[0].choice.name, "weight_bytes": copies[0].nbytes, "ours": True}

@@ -425,10 +425,10 @@ def test_classes_are_named_after_backends() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weight", ["mxfp8_e4m3", "mxfp4"])
-def test_rebased_sums_in_the_matrix_unit(oracle, weight: str) -> None:
-    """``promote = False``: 600 tokens fill blocks of 128 pairs, where MXFP4 too leaves its sums in the matrix unit."""
+def test_promoted_sums_of_rebased_experts(oracle, weight: str) -> None:
+    """``promote = True``: 600 tokens fill blocks of 128 pairs, where MXFP4 too leaves its sums in the matrix unit otherwise."""
     case = oracle.layer(weight, tokens=600, hidden=512, intermediate=384, dtype=torch.bfloat16, device="cuda")
     experts = build("rebased", case, dtype=torch.bfloat16)
-    promoted = compare(oracle, experts, case)
-    experts.promote = False
-    assert not torch.equal(compare(oracle, experts, case), promoted)
+    left = compare(oracle, experts, case)
+    experts.promote = True
+    assert not torch.equal(compare(oracle, experts, case), left)

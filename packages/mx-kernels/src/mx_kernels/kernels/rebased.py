@@ -114,7 +114,7 @@ def _needs_fp8(device: torch.device) -> None:
         )
 
 
-COPIED = 1 << 24
+COPIED = 1 << 26
 """Codes from which on tokens are re-based once each and copied to their slots, instead of once a slot: two launches."""
 
 
@@ -129,15 +129,15 @@ def rebase_rows(
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if not rows or not k:
         return out, scale
+    first, rest = _split(k)
     if top_k > 1 and num_pairs * k >= COPIED:
         assert sorted_ids is not None
         codes, once = rebase_rows(x, x_scale, None, None, 0, 0)
         launch(
             _copy_rows_kernel, (rows,), x.device, codes.view(torch.int32), once, out.view(torch.int32), scale, sorted_ids, num_padded,
-            num_pairs, top_k, k // 4, WIDTH=triton.next_power_of_2(k // 4), num_warps=max(1, min(8, k // 4096)),
+            num_pairs, top_k, k // 4, WIDTH=triton.next_power_of_2(k // 4), num_warps=max(1, min(8, first // 4096)),
         )  # fmt: skip
         return out, scale
-    first, rest = _split(k)
     coded = x_scale is not None
     launch(
         _rebase_rows_kernel, (rows,), x.device, x.view(torch.float8_e4m3fn) if coded else x, x.stride(0), x_scale if coded else out,
@@ -315,14 +315,11 @@ def _grouped_gemm_rebased_kernel(
 def tile_config(block_m: int, promote: bool, fp4: bool = False) -> dict[str, int | bool]:
     """Tile of weight rows, warps and stages for a block of ``block_m`` tokens: the fastest measured (docs/performance.md).
 
-    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill. Of
-    FP4, sums in the matrix unit want one product of a warpgroup a tile: ptxas serializes two whose weights come from registers; and
-    promoted blocks of 128 take two programs of 64 rows a multiprocessor, since they wait for every product.
+    Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill. FP4
+    promoted in blocks of 128 takes three programs of 64 rows a multiprocessor, since they wait for every product.
     """
     if fp4 and block_m >= 128 and promote:
-        return {"BN": 64, "num_warps": 4, "num_stages": 3, "SWAP": True}
-    if fp4 and block_m >= 128:
-        return {"BN": 128, "num_warps": 8, "num_stages": 4, "SWAP": True}
+        return {"BN": 64, "num_warps": 4, "num_stages": 3, "SWAP": True, "maxnreg": 168}
     if fp4:
         return {"BN": 128, "num_warps": 4, "num_stages": 4, "SWAP": True}
     if block_m >= 128:

@@ -2,7 +2,7 @@
 
 The block scales of a weight row, and of a token, are folded into its E4M3 codes under one power of two (``mx_kernels.rebase``).
 That changes codes that become subnormal, so it is never chosen by itself: ask for ``backend="rebased"``. ``exactness`` says what
-it did to the weights; ``experts.promote = False`` leaves sums in the matrix unit, which keeps about 14 bits.
+it did to the weights; ``experts.promote = True`` adds up in float32 what the matrix unit keeps about 14 bits of.
 
     tiles = align(ids); x -> rebase_rows, gathered; GEMM 1, activation, to MXFP8; rebase_rows; GEMM 2 x routing weight; combine
 """
@@ -29,7 +29,8 @@ OPT_IN = "opt-in: it changes small codes (backend='rebased'; the weights' share 
 class RebasedExperts(ExpertsBase):
     """MXFP8 inputs x re-based weights. Holds E4M3 codes, one byte a weight, also for MXFP6; MXFP4 keeps its four bits.
 
-    promote: sum in float32 every 128 along K (default). ``experts.promote = False`` is faster: sums stay in the matrix unit.
+    promote: sums stay in the matrix unit, which keeps about 14 bits (default); with ``experts.promote = True`` they are added up in
+        float32 every 128 along K, which takes longer.
     """
 
     name = "rebased"
@@ -41,7 +42,7 @@ class RebasedExperts(ExpertsBase):
         features=("bias", "expert_map", "router_weight_on_input", "shared_experts"),
         dtypes=(torch.bfloat16, torch.float16),
     )
-    promote: bool = True
+    promote: bool = False
 
     @classmethod
     def why_not(cls, device: mk.Device, problem: Problem) -> str | None:
@@ -87,8 +88,7 @@ class RebasedExperts(ExpertsBase):
         weight: Tensor | None = routing.weights.reshape(-1)
         if self.router_weight_on_input:
             x, weight = weighted_input(x, routing), None
-        fp4 = self._w13.octaves is not None and self.promote
-        rows = rows_per_block(routing.ids.numel(), self.num_experts, fp4)
+        rows = rows_per_block(routing.ids.numel(), self.num_experts, self._w13.octaves is not None, self.promote)
         tiles = mk.moe_align_block_size(routing.ids, rows, self.num_experts, self.expert_map, sort=True)
         h = mk.grouped_gemm_rebased(
             mk.rebase_rows(x, tiles, top_k=routing.top_k),
@@ -110,7 +110,8 @@ class RebasedExperts(ExpertsBase):
         return mk.combine(y, tiles, out_dtype=x.dtype)
 
 
-def rows_per_block(pairs: int, num_experts: int, fp4: bool = False) -> int:
+def rows_per_block(pairs: int, num_experts: int, fp4: bool = False, promote: bool = False) -> int:
     """Tokens a block by the mean number of rows an expert gets; measured on an H200, of MXFP4 on an H100 (docs/performance.md)."""
     mean = pairs / num_experts
-    return 128 if mean > (192 if fp4 else 96) else 64 if mean > 20 else 32 if mean > 10 else 16
+    full = (192 if promote else 48) if fp4 else 96
+    return 128 if mean > full else 64 if mean > 20 else 32 if mean > 10 else 16

@@ -41,68 +41,81 @@ def _codes(v, e):
 
 
 @triton.jit
-def _load_blocks(x, x_scale, start, K: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr):
-    """Blocks of 32 from ``start`` on: MXFP8 codes' values [WIDTH/32, 32] and scale bytes, 255 where a block is not a number."""
+def _load_blocks(x, x_scale, live, start, K: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr):
+    """Blocks of 32 from ``start`` on, of the rows at x [R] that are live: MXFP8 codes' values [R, WIDTH/32, 32] and scale bytes, 255
+    where a block is not a number."""
     block = start // 32 + tl.arange(0, WIDTH // 32)
-    k = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    k = block[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    v = tl.load(x[:, None, None] + k, mask=live[:, None, None] & (k < K), other=0.0).to(tl.float32)
     if CODES:
-        return v, tl.load(x_scale + block, mask=block < K // 32, other=0).to(tl.int32)
-    amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+        inside = live[:, None] & (block < K // 32)[None, :]
+        return v, tl.load(x_scale[:, None] + block[None, :], mask=inside, other=0).to(tl.int32)
+    amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
     e = _rceil(amax)
-    return _codes(v, e[:, None]).to(tl.float32), tl.where(amax > 0x7F800000, 255, e)
+    return _codes(v, e[:, :, None]).to(tl.float32), tl.where(amax > 0x7F800000, 255, e)
 
 
 @triton.jit
-def _store_blocks(out, start, v, e, top, K: tl.constexpr, WIDTH: tl.constexpr):
+def _store_blocks(out, live, start, v, e, top, K: tl.constexpr, WIDTH: tl.constexpr):
     """Codes of the blocks, folded by 2^(e - top)."""
-    k = start + tl.arange(0, WIDTH // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    q = v * (tl.maximum(127 + e - top, 0) << 23).to(tl.float32, bitcast=True)[:, None]
-    tl.store(out + k, q.to(tl.float8e4nv), mask=k < K)
+    k = start + tl.arange(0, WIDTH // 32)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    q = v * (tl.maximum(127 + e - top[:, None], 0) << 23).to(tl.float32, bitcast=True)[:, :, None]
+    tl.store(out[:, None, None] + k, q.to(tl.float8e4nv), mask=live[:, None, None] & (k < K))
+
+
+@triton.jit
+def _slots(sorted_ids, num_padded, n_pairs, top_k, R: tl.constexpr):
+    """R slots of a tile list: whether there are any, each, whether it has a pair, and the pair's token (the pair where top_k is 1)."""
+    first = tl.program_id(0).to(tl.int64) * R
+    r = first + tl.arange(0, R)
+    there = first < tl.load(num_padded)  # a multiple of R, as blocks are
+    pair = tl.load(sorted_ids + r, mask=r < tl.where(there, first + R, 0), other=0)
+    live = pair < n_pairs
+    return there, r, live, (tl.where(live, pair, 0) // top_k).to(tl.int64)
 
 
 @triton.jit
 def _rebase_rows_kernel(
     x, x_stride, x_scale, out, scale, sorted_ids, num_padded, n_pairs, top_k,
-    K: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, CODES: tl.constexpr, LISTED: tl.constexpr, GATHER: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, CODES: tl.constexpr, LISTED: tl.constexpr,
+    GATHER: tl.constexpr,
 ):  # fmt: skip
-    """CODES: x is MXFP8 with scale bytes x_scale [M, K / 32]. LISTED: only rows that are slots of a tile list with a pair, which are
-    of x's row sorted_ids[r] // top_k where GATHER."""
-    r = tl.program_id(0).to(tl.int64)
-    source = r
+    """R rows. CODES: x is MXFP8 with scale bytes x_scale [M, K / 32]. LISTED: only rows that are slots of a tile list with a pair,
+    which are of x's row sorted_ids[r] // top_k where GATHER; otherwise all of n_pairs rows."""
     if LISTED:
-        if r >= tl.load(num_padded):
+        there, r, live, token = _slots(sorted_ids, num_padded, n_pairs, top_k, R)
+        if not there:
             return
-        pair = tl.load(sorted_ids + r)
-        if pair >= n_pairs:
-            return
-        if GATHER:
-            source = (pair // top_k).to(tl.int64)
+        source = token if GATHER else r
+    else:
+        r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+        live = r < n_pairs
+        source = r
     x += source * x_stride
     x_scale += source * (K // 32)
-    v, e = _load_blocks(x, x_scale, 0, K, FIRST, CODES)
-    top = tl.max(e, 0)
+    out += r * K
+    v, e = _load_blocks(x, x_scale, live, 0, K, FIRST, CODES)
+    top = tl.max(e, 1)
     if REST > 0:
-        v2, e2 = _load_blocks(x, x_scale, FIRST, K, REST, CODES)
-        top = tl.maximum(top, tl.max(e2, 0))
-        _store_blocks(out + r * K, FIRST, v2, e2, top, K, REST)
-    _store_blocks(out + r * K, 0, v, e, top, K, FIRST)
-    tl.store(scale + r, e8m0_value(top))
+        v2, e2 = _load_blocks(x, x_scale, live, FIRST, K, REST, CODES)
+        top = tl.maximum(top, tl.max(e2, 1))
+        _store_blocks(out, live, FIRST, v2, e2, top, K, REST)
+    _store_blocks(out, live, 0, v, e, top, K, FIRST)
+    tl.store(scale + r, e8m0_value(top), mask=live)
 
 
 @triton.jit
-def _copy_rows_kernel(words, scale, out, out_scale, sorted_ids, num_padded, n_pairs, top_k, W, WIDTH: tl.constexpr):
-    """Row sorted_ids[r] // top_k of ``words`` int32 [T, W], and its scale, to row r."""
-    r = tl.program_id(0).to(tl.int64)
-    if r >= tl.load(num_padded):
+def _copy_rows_kernel(
+    words, scale, out, out_scale, sorted_ids, num_padded, n_pairs, top_k, W, R: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Rows sorted_ids[r] // top_k of ``words`` int32 [T, W], and their scales, to R rows r."""
+    there, r, live, token = _slots(sorted_ids, num_padded, n_pairs, top_k, R)
+    if not there:
         return
-    pair = tl.load(sorted_ids + r)
-    if pair >= n_pairs:
-        return
-    token = (pair // top_k).to(tl.int64)
-    k = tl.arange(0, WIDTH)
-    tl.store(out + r * W + k, tl.load(words + token * W + k, mask=k < W), mask=k < W)
-    tl.store(out_scale + r, tl.load(scale + token))
+    k = tl.arange(0, WIDTH)[None, :]
+    inside = live[:, None] & (k < W)
+    tl.store(out + r[:, None] * W + k, tl.load(words + token[:, None] * W + k, mask=inside), mask=inside)
+    tl.store(out_scale + r, tl.load(scale + token, mask=live), mask=live)
 
 
 def _needs_fp8(device: torch.device) -> None:
@@ -129,23 +142,36 @@ def rebase_rows(
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if not rows or not k:
         return out, scale
-    first, rest = _split(k)
     if top_k > 1 and num_pairs * k >= COPIED:
         assert sorted_ids is not None
         codes, once = rebase_rows(x, x_scale, None, None, 0, 0)
+        width = triton.next_power_of_2(k // 4)
+        r = max(1, min(8, 4096 // width))
         launch(
-            _copy_rows_kernel, (rows,), x.device, codes.view(torch.int32), once, out.view(torch.int32), scale, sorted_ids, num_padded,
-            num_pairs, top_k, k // 4, WIDTH=triton.next_power_of_2(k // 4), num_warps=max(1, min(8, first // 4096)),
+            _copy_rows_kernel, (rows // r,), x.device, codes.view(torch.int32), once, out.view(torch.int32), scale, sorted_ids,
+            num_padded, num_pairs, top_k, k // 4, R=r, WIDTH=width, num_warps=4,
         )  # fmt: skip
         return out, scale
-    coded = x_scale is not None
+    first, rest = _split(k)
+    r = _rows_of_a_program(first)
+    coded, listed = x_scale is not None, sorted_ids is not None
     launch(
-        _rebase_rows_kernel, (rows,), x.device, x.view(torch.float8_e4m3fn) if coded else x, x.stride(0), x_scale if coded else out,
-        out.view(torch.float8_e4m3fn), scale, scale if sorted_ids is None else sorted_ids, scale if num_padded is None else num_padded,
-        num_pairs, top_k, K=k, FIRST=first, REST=rest, CODES=coded, LISTED=sorted_ids is not None, GATHER=top_k > 0,
-        num_warps=max(1, min(8, first // (1024 if coded else 512))),
+        _rebase_rows_kernel, (-(-rows // r),), x.device, x.view(torch.float8_e4m3fn) if coded else x, x.stride(0),
+        x_scale if coded else out, out.view(torch.float8_e4m3fn), scale, sorted_ids if listed else scale,
+        num_padded if listed else scale, num_pairs if listed else rows, top_k or 1,
+        K=k, R=r, FIRST=first, REST=rest, CODES=coded, LISTED=listed, GATHER=top_k > 0, num_warps=_warps(first, r),
     )  # fmt: skip
     return out, scale
+
+
+def _rows_of_a_program(first: int) -> int:
+    """Rows that a program re-bases: a divisor of every block of pairs."""
+    return max(1, min(8, 8192 // first))
+
+
+def _warps(first: int, rows: int) -> int:
+    """For some 32 values a thread."""
+    return max(1, min(8, first * rows // 1024))
 
 
 def _split(k: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +158,18 @@ def test_the_current_accelerator_is_probed(monkeypatch):
 def test_unknown_architecture():
     with pytest.raises(ValueError, match="unknown architecture 'sm89a'; there are cpu, sm75"):
         Device.fake("sm89a")
+
+
+def test_advice_where_products_wait(monkeypatch):
+    assert Device.probe("cpu").advice is None
+    assert Device.fake("sm90").advice is None  # it is not here
+    launch = pytest.importorskip("mx_kernels.kernels.launch", exc_type=ImportError)
+    here = replace(Device.fake("sm90"), units=132)
+    monkeypatch.setattr(launch, "takes_registers", lambda: True)
+    assert "TRITON_PTXAS_PATH" in here.advice
+    assert replace(Device.fake("sm100"), units=148).advice is None
+    monkeypatch.setattr(launch, "takes_registers", lambda: False)
+    assert here.advice is None
 
 
 def test_triton_version_is_that_of_the_import():

@@ -105,7 +105,7 @@ def test_fp4_codes_come_back(seed, rows, blocks):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rebase_rows(dtype):
-    """Within half of E4M3's smallest step under the row's scale of MXFP8's values; from codes the same; with a tile list its pairs alone."""
+    """Within half of E4M3's smallest step under the row's scale of MXFP8's values; from codes the same; of a tile list its pairs alone."""
     x, _, _, ids, tiles = _inputs()
     x = x.to(dtype)
     data, scale = mk.rebase_rows(x)
@@ -252,8 +252,8 @@ def test_rebase_rows_kernel_is_bit_exact(monkeypatch, k, dtype):
     x[1, 5], x[2, 7] = float("nan"), float("inf")
     x = x.to(dtype)
     from_codes = mk.quantize(x, mk.MXFP8)
-    for given, args in ((x, (x, None)), (from_codes, (from_codes.data.view(torch.uint8), from_codes.scale))):
-        got, want = mk.rebase_rows(given), reference.rebase_rows(*args, None, None, 0, 0)
+    for operand, args in ((x, (x, None)), (from_codes, (from_codes.data.view(torch.uint8), from_codes.scale))):
+        got, want = mk.rebase_rows(operand), reference.rebase_rows(*args, None, None, 0, 0)
         finite = want[1].isfinite()
         assert torch.equal(got[0].view(torch.uint8)[finite], want[0][finite])
         assert torch.equal(got[1].nan_to_num(-1), want[1].nan_to_num(-1))
@@ -354,13 +354,15 @@ def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
     bn = config.pop("BN")
     signature = {
         "x": f"tensordesc<fp8e4nv[{block_m},128]>", "w": "*i32" if fp4 else f"tensordesc<fp8e4nv[{bn},128]>",
-        "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32", "w_scale": "*fp32", "y": "*fp8e4nv" if gated else "*bf16", "y_scale": "*u8", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32", "n_pairs": "i32",
-        "N": "i32", "N_OUT": "i32",
+        "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32", "w_scale": "*fp32", "y": "*fp8e4nv" if gated else "*bf16",
+        "y_scale": "*u8", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32",
+        "n_pairs": "i32", "N": "i32", "N_OUT": "i32",
     }  # fmt: skip
     constants = {
         "K": 2880, "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
-        "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), 
-        "BIAS": gated, "WEIGHTED": not gated, "SCATTER": not gated, "QUANTIZE": gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0, "LIMIT": 7.0,
+        "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), "BIAS": gated, "WEIGHTED": not gated,
+        "SCATTER": not gated, "QUANTIZE": gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0,
+        "LIMIT": 7.0,
     }  # fmt: skip
     return compile_kernel(rebased._grouped_gemm_rebased_kernel, signature, constants, target, **config)
 
@@ -460,7 +462,14 @@ def test_rows_in_the_interpreter(interpreted):
 def test_copies_take_sixteen_bytes(aot, words):
     from mx_kernels.kernels import rebased
 
-    signature = {"words": "*i32", "scale": "*fp32", "out": "*i32", "out_scale": "*fp32", "sorted_ids": "*i32", "num_padded": "*i32"}
+    signature = {
+        "words": "*i32",
+        "scale": "*fp32",
+        "out": "*i32",
+        "out_scale": "*fp32",
+        "sorted_ids": "*i32",
+        "num_padded": "*i32",
+    }
     signature |= {"n_pairs": "i32", "top_k": "i32", "W": "i32"}
     made = aot.compile_kernel(
         rebased._copy_rows_kernel, signature, {"R": 8 if words < 512 else 2, "WIDTH": 1 << (words - 1).bit_length()}, "sm_90",

@@ -216,7 +216,9 @@ def rebase_rows(
     MXFP8.check_k(x.shape[1], "K of x")
     sorted_ids, num_padded, num_pairs = None, None, 0
     if tiles is None and top_k is not None:
-        raise ValueError(f"top_k is {top_k} without tiles: it says how tokens go to their slots, pass the alignment too")
+        raise ValueError(
+            f"top_k is {top_k} without tiles: it says how tokens go to their slots, pass the alignment too"
+        )
     if tiles is not None:
         check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
         check_device(tiles.ids, x.device, "the alignment", "x")
@@ -266,9 +268,10 @@ def _grouped_gemm_rebased_kernel(*args):  # type: ignore[no-untyped-def]
         return _rebased_product(*args)
     from .kernels import rebased as kernels
 
-    x, x_scale, w, w_octaves, w_scale, ids, *tiles, bias, act, alpha, beta, limit, weight, scatter, promote, quantize, dtype = args
+    x, x_scale, w, w_octaves, w_scale, ids, *tiles = args[:9]
+    block_size, bias, act, alpha, beta, limit, weight, scatter, promote, quantize, dtype = args[9:]
     return kernels.grouped_gemm_rebased(
-        x, x_scale, w, w_octaves, w_scale, *tiles, ids.numel(), bias=bias, row_weight=weight, scatter=scatter,
+        x, x_scale, w, w_octaves, w_scale, *tiles, block_size, ids.numel(), bias=bias, row_weight=weight, scatter=scatter,
         activation=act, alpha=alpha, beta=beta, limit=limit, promote=promote, quantize=quantize, out_dtype=dtype,
     )  # fmt: skip
 

@@ -44,11 +44,13 @@ def pack_fp4(codes: Tensor, octaves: Tensor) -> tuple[Tensor, Tensor]:
     n, k = codes.shape[0], 2 * codes.shape[1]
     codes = pad(codes, (0, -k % 64 // 2, 0, -n % 16))
     octaves = pad(octaves, (0, -k % 128 // 32, 0, -n % 16))
-    fours = codes.view(torch.int16).reshape(-1, 2, 8, codes.shape[1] // 32, 2, 2, 4)  # strip, row half, g, tile, block, column half, c
+    # strip, row half, g, tile, block, column half, c
+    fours = codes.view(torch.int16).reshape(-1, 2, 8, codes.shape[1] // 32, 2, 2, 4)
     first, last = (fours[..., half, :].int() & 0xFFFF for half in (0, 1))
     words = (first | (last << 16)) & 0x77777777 | _top_bits(first, 4) | _top_bits(last, 0)
     words = words.permute(3, 0, 2, 5, 1, 4).contiguous()
-    return words.view(torch.uint8).reshape(*words.shape[:2], 512), octaves.reshape(codes.shape[0], -1, 4).transpose(0, 1)
+    data = words.view(torch.uint8).reshape(*words.shape[:2], 512)
+    return data, octaves.reshape(codes.shape[0], -1, 4).transpose(0, 1)
 
 
 def _top_bits(nibbles: Tensor, up: int) -> Tensor:

@@ -71,6 +71,7 @@ def environment(arch: str | None) -> dict[str, Any]:
     for kind in (*kinds, "cpu"):
         d = mk.Device.probe(kind)
         devices.append({"device": kind, "name": d.name, "arch": d.arch.name, "triton": d.triton, "memory": d.memory})
+        devices[-1]["advice"] = d.advice
     device = mk.Device.fake(arch) if arch else mk.Device.probe()
     return {"versions": versions, "devices": devices, "arch": device.arch.name, "formats": explain(device)}
 
@@ -85,6 +86,8 @@ def _env(args: argparse.Namespace) -> None:
         print(
             f"device {d['device']}: {d['name']} ({d['arch']}), {'Triton ' + d['triton'] if d['triton'] else 'no Triton kernels'}"
         )
+        if d["advice"]:
+            print(f"  {d['advice']}")
     print(f"\non {found['arch']}{' (not probed: answered by name)' if args.arch else ''}:\n")
     print(f"{'weights':<12} {'backend':<10} inputs")
     for name, choice in found["formats"].items():

@@ -14,7 +14,12 @@ def sigmoid(x, slope, ASM: tl.constexpr):
     instructions."""
     if ASM:
         e = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * (slope * -1.4426950408889634)], dtype=tl.float32, is_pure=True, pack=1
+            "ex2.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [x * (slope * -1.4426950408889634)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
         )
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [e + 1.0], dtype=tl.float32, is_pure=True, pack=1

@@ -329,7 +329,8 @@ def _grouped_gemm_rebased_kernel(
         v = acc.reshape(BM, acc.shape[1] // 32, 32)
         amax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
         e = _rceil(amax)
-        tl.store(y + target[:, None] * N_OUT + n[None, :], _codes(v, e[:, :, None]).reshape(BM, acc.shape[1]), mask=inside)
+        codes = _codes(v, e[:, :, None]).reshape(BM, acc.shape[1])
+        tl.store(y + target[:, None] * N_OUT + n[None, :], codes, mask=inside)
         block = pid_n * (acc.shape[1] // 32) + tl.arange(0, acc.shape[1] // 32)
         at = y_scale + target[:, None] * (N_OUT // 32) + block[None, :]
         byte = tl.where(amax > 0x7F800000, 255, e)
@@ -351,7 +352,7 @@ def tile_config(block_m: int, promote: bool, fp4: bool = False) -> dict[str, int
     if block_m >= 128:
         return {"BN": 256, "num_warps": 8, "num_stages": 4, "SWAP": promote}
     if block_m == 64:
-        return {"BN": 128 if promote else 256, "num_warps": 4, "num_stages": 4, "SWAP": False}
+        return {"BN": 128, "num_warps": 4, "num_stages": 4, "SWAP": False}
     if block_m == 32:
         return {"BN": 128, "num_warps": 4, "num_stages": 5, "SWAP": True}
     return {"BN": 64, "num_warps": 4, "num_stages": 7, "SWAP": True}
@@ -385,7 +386,8 @@ def grouped_gemm_rebased(
         TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
         x_scale, w_scale, y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
         row_weight if row_weight is not None else y, num_pairs, n, n_out,
-        K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma, DRAIN=wgmma and takes_registers(),
+        K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
+        DRAIN=wgmma and takes_registers(),
         BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, QUANTIZE=quantize,
         GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,
     )  # fmt: skip

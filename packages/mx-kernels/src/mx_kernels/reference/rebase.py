@@ -48,7 +48,7 @@ def rebase_rows(
     num_pairs: int,
     top_k: int,  # 0: a row of x for each slot
 ) -> tuple[Tensor, Tensor]:  # [M, K], [M]; or of capacity rows
-    """MXFP8 (RCEIL), then re-based. With a tile list, slot r is row sorted_ids[r] // top_k of x, or row r; those without a pair are zero."""
+    """MXFP8 (RCEIL), then re-based. With a tile list, slot r is row sorted_ids[r] // top_k of x, or row r; zero without a pair."""
     if x_scale is None:
         q = quantize(x, MXFP8)
         x, x_scale = q.data.view(torch.uint8), q.scale
@@ -97,7 +97,10 @@ def grouped_gemm_rebased(
     if epilogue.activation is not None:
         weight = concatenated_rows(weight)
     y = grouped_gemm(rows, weight, tiles, epilogue=epilogue, out_dtype=out_dtype)
-    parts = (y.data.view(torch.uint8), y.scale) if isinstance(y, QuantizedTensor) else (y, y.new_empty(0, dtype=torch.uint8))
+    if isinstance(y, QuantizedTensor):
+        parts = y.data.view(torch.uint8), y.scale
+    else:
+        parts = y, y.new_empty(0, dtype=torch.uint8)
     if scatter:
         return parts
     data, scale = (torch.cat((p, p.new_zeros((1, p.shape[1]))))[pair] if p.ndim == 2 else p for p in parts)

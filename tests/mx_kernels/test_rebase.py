@@ -436,7 +436,7 @@ for k in (32, 768, 2880):
     x = torch.randn(22, k) * torch.exp2(torch.randint(-9, 9, (22, k // 32)).float()).repeat_interleave(32, -1)
     ids = torch.rand(22, 7).topk(3).indices.int()
     ids[3, 1] = -1
-    tiles = mk.moe_align_block_size(ids, 16, 7, sort=True)
+    tiles = mk.moe_align_block_size(ids, 4 if k == 32 else 16, 7, sort=True)
     slot = torch.arange(len(tiles.sorted_ids))
     listed = (slot < tiles.num_padded) & (tiles.sorted_ids < tiles.num_pairs)
     lists = tiles.sorted_ids, tiles.num_padded, tiles.num_pairs

@@ -67,11 +67,11 @@ def _store_blocks(out, live, start, v, e, top, K: tl.constexpr, WIDTH: tl.conste
 def _slots(sorted_ids, num_padded, n_pairs, top_k, R: tl.constexpr):
     """R slots of a tile list: whether there are any, each, whether it has a pair, and the pair's token (the pair where top_k is 1)."""
     first = tl.program_id(0).to(tl.int64) * R
+    padded = tl.load(num_padded)
     r = first + tl.arange(0, R)
-    there = first < tl.load(num_padded)  # a multiple of R, as blocks are
-    pair = tl.load(sorted_ids + r, mask=r < tl.where(there, first + R, 0), other=0)
+    pair = tl.load(sorted_ids + r, mask=r < padded, other=n_pairs)
     live = pair < n_pairs
-    return there, r, live, (tl.where(live, pair, 0) // top_k).to(tl.int64)
+    return first < padded, r, live, (tl.where(live, pair, 0) // top_k).to(tl.int64)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def rebase_rows(
         width = triton.next_power_of_2(k // 4)
         r = max(1, min(8, 4096 // width))
         launch(
-            _copy_rows_kernel, (rows // r,), x.device, codes.view(torch.int32), once, out.view(torch.int32), scale, sorted_ids,
+            _copy_rows_kernel, (-(-rows // r),), x.device, codes.view(torch.int32), once, out.view(torch.int32), scale, sorted_ids,
             num_padded, num_pairs, top_k, k // 4, R=r, WIDTH=width, num_warps=4,
         )  # fmt: skip
         return out, scale
@@ -165,7 +165,7 @@ def rebase_rows(
 
 
 def _rows_of_a_program(first: int) -> int:
-    """Rows that a program re-bases: a divisor of every block of pairs."""
+    """Rows that a program re-bases."""
     return max(1, min(8, 8192 // first))
 
 

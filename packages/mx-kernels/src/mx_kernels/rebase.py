@@ -268,11 +268,11 @@ def _grouped_gemm_rebased_kernel(*args):  # type: ignore[no-untyped-def]
         return _rebased_product(*args)
     from .kernels import rebased as kernels
 
-    x, x_scale, w, w_octaves, w_scale, ids, *tiles = args[:9]
-    block_size, bias, act, alpha, beta, limit, weight, scatter, promote, quantize, dtype = args[9:]
+    x, x_scale, w, w_octaves, w_scale, ids, sorted_ids, expert_ids, num_padded, block_size = args[:10]
+    bias, act, alpha, beta, limit, weight, scatter, promote, quantize, dtype = args[10:]
     return kernels.grouped_gemm_rebased(
-        x, x_scale, w, w_octaves, w_scale, *tiles, block_size, ids.numel(), bias=bias, row_weight=weight, scatter=scatter,
-        activation=act, alpha=alpha, beta=beta, limit=limit, promote=promote, quantize=quantize, out_dtype=dtype,
+        x, x_scale, w, w_octaves, w_scale, sorted_ids, expert_ids, num_padded, block_size, ids.numel(), bias=bias, row_weight=weight,
+        scatter=scatter, activation=act, alpha=alpha, beta=beta, limit=limit, promote=promote, quantize=quantize, out_dtype=dtype,
     )  # fmt: skip
 
 

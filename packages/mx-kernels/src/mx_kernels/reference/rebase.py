@@ -53,7 +53,7 @@ def rebase_rows(
         q = quantize(x, MXFP8)
         x, x_scale = q.data.view(torch.uint8), q.scale
     data, scale = rebased(x, x_scale)
-    if sorted_ids is not None:
+    if sorted_ids is not None and num_padded is not None:
         slot = torch.arange(len(sorted_ids), device=x.device)
         live = (slot < num_padded) & (sorted_ids < num_pairs)
         if top_k:

@@ -74,8 +74,13 @@ def test_readme_rows_are_the_results(report):
     """README's rows are what the command beside them prints."""
     text = (ROOT / "README.md").read_text()
     folder, shape = re.search(r"run\.py --from (\S+)\s+--readme (\S+?)`", text).groups()
-    rows = report.readme(*report.load([ROOT / folder]), shape)
+    where, cells = report.load([ROOT / folder])
+    rows = report.readme(where, cells, shape)
     assert rows in text, f"README's rows should be\n{rows}"
+    names = ("mx_mxfp8_a8_rebased", "mx_mxfp4_a8_rebased", "humming_mxfp8_a8tok", "humming_mxfp4_a8g128")
+    us = {c["name"]: round(c["us"]) for c in cells if (c["shape"], c["tokens"]) == (shape, 16384) and "us" in c}
+    with_mxfp8_inputs = re.search(r"take (\d+) us with MXFP8 and (\d+) us .*\n.* take (\d+) and (\d+)\.", text).groups()
+    assert [int(n) for n in with_mxfp8_inputs] == [us[name] for name in names]
 
 
 def test_passes_are_averaged_and_compared_with_peers_of_the_same_kind(report, tmp_path):

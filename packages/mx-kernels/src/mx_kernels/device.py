@@ -150,7 +150,7 @@ class Device:
             return None
         return (
             "Triton's ptxas is older than 12.9, so products of quantized weights wait for every step: name a newer one, such as that "
-            "of CUDA 13, by TRITON_PTXAS_PATH (4 to 15% in prefill)"
+            "of CUDA 13, by TRITON_PTXAS_PATH (up to 12% in prefill)"
         )
 
     def __str__(self) -> str:

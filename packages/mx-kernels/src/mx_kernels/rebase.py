@@ -222,11 +222,10 @@ def rebase_rows(
     if tiles is not None:
         check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
         check_device(tiles.ids, x.device, "the alignment", "x")
-        if tiles.sorted_ids is None:
-            raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
-        if top_k is None and x.shape[0] != tiles.sorted_ids.shape[0]:
+        slots = _slots(tiles)
+        if top_k is None and x.shape[0] != slots:
             raise ValueError(
-                f"x has {x.shape[0]} rows, needs one per slot of the tile list ({tiles.sorted_ids.shape[0]}), or top_k with a row a token"
+                f"x has {x.shape[0]} rows, needs one per slot of the tile list ({slots}), or top_k with a row a token"
             )
         if top_k is not None and (top_k < 1 or x.shape[0] * top_k != tiles.num_pairs):
             raise ValueError(
@@ -236,6 +235,13 @@ def rebase_rows(
     call = _rebase_rows_kernel if direct(data) else _rebase_rows
     codes, scale = call(data, x_scale, sorted_ids, num_padded, num_pairs, top_k or 0)
     return codes.view(torch.float8_e4m3fn), scale
+
+
+def _slots(tiles: Alignment) -> int:
+    """The capacity of a tile list; ValueError where there is none."""
+    if tiles.sorted_ids is None:
+        raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
+    return tiles.sorted_ids.shape[0]
 
 
 _SCHEMA = (
@@ -282,7 +288,7 @@ def _(  # type: ignore[no-untyped-def]
     scatter, promote, quantize, out_dtype,
 ):  # fmt: skip
     width = w_scale.shape[1] // 2 if act else w_scale.shape[1]
-    rows = ids.numel() if scatter else sorted_ids.shape[0]
+    rows = ids.numel() if scatter else x.shape[0]
     scale = x.new_empty((rows, width // 32) if quantize else (0,), dtype=torch.uint8)
     return x.new_empty((rows, width), dtype=torch.uint8 if quantize else out_dtype), scale
 
@@ -337,12 +343,9 @@ def grouped_gemm_rebased(
         )
     if quantize:
         MXFP8.check_k(n_out, "the width of the result")
-    if tiles.sorted_ids is None:
-        raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
-    if data.shape[0] != tiles.sorted_ids.shape[0] or data.shape[1] != w.shape[2]:
-        raise ValueError(
-            f"x is {tuple(data.shape)}, but the tile list has {tiles.sorted_ids.shape[0]} slots and w is {tuple(w.shape)}"
-        )
+    slots = _slots(tiles)
+    if data.shape[0] != slots or data.shape[1] != w.shape[2]:
+        raise ValueError(f"x is {tuple(data.shape)}, but the tile list has {slots} slots and w is {tuple(w.shape)}")
     if tiles.num_experts != w.shape[0]:
         raise ValueError(f"the tile list is for {tiles.num_experts} experts, w has {w.shape[0]}")
     bias = epilogue.bias

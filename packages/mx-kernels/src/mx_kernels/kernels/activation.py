@@ -17,27 +17,9 @@ from torch import Tensor
 from ..formats import ScaleRule, get_format
 from . import quantize as quantization
 from .bits import element_bits, word_factor
-from .finish import activated, sigmoid
+from .finish import activated
 from .launch import launch, target
 from .quantize import _block_scale, _load_tile, _store_codes, _widened
-
-
-@triton.jit
-def _activated(
-    g, u, alpha, beta, limit, KIND: tl.constexpr, GATED: tl.constexpr, CLAMP: tl.constexpr, ASM: tl.constexpr
-):
-    """``epilogue.activated``; here instructions bound the time where the result is quantized, so sigmoids are short."""
-    if GATED and (KIND == "silu" or KIND == "swiglu_oai"):
-        g = activated(g, u, alpha, beta, limit, "identity", False, CLAMP)
-        if CLAMP:
-            u = tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL)
-            u = tl.minimum(u, limit, propagate_nan=tl.PropagateNan.ALL)
-        if KIND == "silu":
-            return g * sigmoid(g, 1.0, ASM) * u
-        else:
-            return g * sigmoid(g, alpha, ASM) * (u + beta)
-    else:
-        return activated(g, u, alpha, beta, limit, KIND, GATED, CLAMP)
 
 
 @triton.jit
@@ -91,7 +73,7 @@ def _activate_kernel(
     else:
         g = _load_tile(h, start * B + n * B, live, WHOLE, N, B).to(tl.float32)
         u = g
-    v = _activated(g, u, alpha, beta, limit, KIND, GATED, CLAMP, ASM)
+    v = activated(g, u, alpha, beta, limit, KIND, GATED, CLAMP, ASM)
     if ELEMENT == "":
         tl.store(
             out + start * B + (n[:, None] * B + tl.arange(0, B)[None, :]),

@@ -29,17 +29,20 @@ def sigmoid(x, slope, ASM: tl.constexpr):
 
 
 @triton.jit
-def activated(g, u, alpha, beta, limit, KIND: tl.constexpr, GATED: tl.constexpr, CLAMP: tl.constexpr):
-    """The formulas of ``Activation`` in float32; u is not used where not GATED, limit only where CLAMP. NaN stays NaN."""
+def activated(
+    g, u, alpha, beta, limit, KIND: tl.constexpr, GATED: tl.constexpr, CLAMP: tl.constexpr, ASM: tl.constexpr = False
+):
+    """The formulas of ``Activation`` in float32; u is not used where not GATED, limit only where CLAMP. NaN stays NaN. ASM: short
+    sigmoids of gates, where instructions bound the time."""
     if CLAMP:
         g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
         if GATED:
             u = tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL)
             u = tl.minimum(u, limit, propagate_nan=tl.PropagateNan.ALL)
     if KIND == "swiglu_oai":
-        return g * tl.sigmoid(alpha * g) * (u + beta)
+        return g * sigmoid(g, alpha, ASM) * (u + beta)
     if KIND == "silu":
-        f = g * tl.sigmoid(g)
+        f = g * sigmoid(g, 1.0, ASM and GATED)
     elif KIND == "gelu":
         f = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
     elif KIND == "gelu_tanh":

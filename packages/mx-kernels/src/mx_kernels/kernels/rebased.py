@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..choose import Unsupported
 from .bits import e8m0_reciprocal, e8m0_value
 from .dot import drained
-from .finish import sigmoid
+from .finish import activated
 from .launch import launch, takes_registers, target
 
 
@@ -312,14 +312,8 @@ def _grouped_gemm_rebased_kernel(
         gate, up = tl.split(acc.reshape(BM, BN // 16, 2, 8).permute(0, 1, 3, 2))
         gate = gate.reshape(BM, BN // 2)
         up = up.reshape(BM, BN // 2)
-        if float("inf") > LIMIT:
-            gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        if KIND == "swiglu_oai":
-            acc = gate * sigmoid(gate, ALPHA, PTX) * (up + BETA)
-        else:
-            acc = gate * sigmoid(gate, 1.0, PTX) * up
+        CLAMP: tl.constexpr = float("inf") > LIMIT
+        acc = activated(gate, up, ALPHA, BETA, LIMIT, KIND, True, CLAMP, PTX)
         n = pid_n * (BN // 2) + tl.arange(0, BN // 2)
     if WEIGHTED:
         acc = acc * tl.load(row_weight + pair, mask=live, other=0.0)[:, None]
@@ -339,14 +333,15 @@ def _grouped_gemm_rebased_kernel(
         tl.store(y + target[:, None] * N_OUT + n[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
-def tile_config(block_m: int, promote: bool, fp4: bool = False) -> dict[str, int | bool]:
+def tile_config(block_m: int, promote: bool, fp4: bool = False, quantize: bool = False) -> dict[str, int | bool]:
     """Tile of weight rows, warps and stages for a block of ``block_m`` tokens: the fastest measured (docs/performance.md).
 
     Promoted sums need twice the registers: with the weight rows on the instruction's M side (SWAP) 128 x 256 does not spill. FP4
-    promoted in blocks of 128 takes three programs of 64 rows a multiprocessor, since they wait for every product.
+    promoted in blocks of 128 takes three programs of 64 rows a multiprocessor, since they wait for every product; where the result is
+    quantized, they need to be held to the registers for that.
     """
     if fp4 and block_m >= 128 and promote:
-        return {"BN": 64, "num_warps": 4, "num_stages": 3, "SWAP": True, "maxnreg": 168}
+        return {"BN": 64, "num_warps": 4, "num_stages": 3, "SWAP": True} | ({"maxnreg": 168} if quantize else {})
     if fp4:
         return {"BN": 128, "num_warps": 4, "num_stages": 4, "SWAP": True}
     if block_m >= 128:
@@ -370,14 +365,14 @@ def grouped_gemm_rebased(
     (experts, n), k, fp4 = w_scale.shape, x.shape[1], w_octaves is not None
     promote = promote or (fp4 and block_m < 128)  # where it costs next to nothing
     n_out = n // 2 if activation else n
-    rows, fp8 = num_pairs if scatter else sorted_ids.shape[0], torch.float8_e4m3fn
+    rows, fp8 = num_pairs if scatter else x.shape[0], torch.float8_e4m3fn
     y = torch.empty(rows, n_out, dtype=torch.uint8 if quantize else out_dtype, device=x.device)
     y_scale = torch.empty((rows, n_out // 32) if quantize else 0, dtype=torch.uint8, device=x.device)
-    tiles = sorted_ids.shape[0] // block_m
+    tiles = x.shape[0] // block_m
     if tiles == 0 or y.numel() == 0:
         return y, y_scale
     wgmma = target(x.device).wgmma
-    c = {**tile_config(block_m, promote, fp4), **(config or {})}
+    c = {**tile_config(block_m, promote, fp4, quantize), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
     grid = (-(-tiles // group) * group * -(-n // bn),)
     weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk])

@@ -88,7 +88,7 @@ def grouped_gemm_rebased(
 ) -> tuple[Tensor, Tensor]:  # [capacity, N_out] or [P, N_out]; scale bytes where the epilogue requantizes
     """Both operands decoded to float32, then ``grouped_gemm``; rows that hold no pair are zero."""
     assert tiles.sorted_ids is not None
-    slot = torch.arange(tiles.sorted_ids.shape[0], device=x.device)
+    slot = torch.arange(x.shape[0], device=x.device)
     live = (slot < tiles.num_padded) & (tiles.sorted_ids < tiles.num_pairs)
     pair = torch.where(live, tiles.sorted_ids, tiles.num_pairs).long()
     values = x.view(torch.float8_e4m3fn).float() * x_scale[:, None]

@@ -48,6 +48,7 @@ class Config:
     evict: str = ""
     maxnreg: int = 0
     pdl: bool = False
+    specialized: bool = False
 
 
 @dataclass(frozen=True)

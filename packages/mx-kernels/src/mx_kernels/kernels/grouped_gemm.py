@@ -14,6 +14,7 @@ to arrive adds them up in a fixed order, so the result does not depend on which 
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from ..tuned import config_for
-from ..tuning import SHARED, UNITS, Config, Problem
+from ..tuning import SHARED, UNITS, Config, Problem, choose_config
 from .dot import packed_dot
 from .epilogue import outputs, store
 from .launch import Launch, takes_registers, target
@@ -243,6 +244,7 @@ _counters: dict[tuple[int, int], list[Tensor]] = {}
 class _Plan:
     """A launch without its tensors."""
 
+    kernel: Any
     sizes: tuple[int | float, ...]
     constants: tuple
     options: dict[str, int]
@@ -255,7 +257,7 @@ class _Plan:
     def launch(self) -> Launch:
         """For (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter), y where absent."""
         values = (*self.sizes, *self.constants)
-        return Launch(_grouped_gemm_packed_kernel, (self.programs,), self.device, *values, **self.options)
+        return Launch(self.kernel, (self.programs,), self.device, *values, **self.options)
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -283,6 +285,18 @@ def counters(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         held.append(made)
     return made
+
+
+SPECIALIZED_REGISTERS = (208, 88, 4)
+"""Of a thread that multiplies, and of one that loads."""
+
+
+@functools.cache
+def specialized() -> Any:
+    """The kernel of ``specialized.py``."""
+    from .specialized import _grouped_gemm_specialized_kernel
+
+    return _grouped_gemm_specialized_kernel
 
 
 @functools.cache
@@ -423,12 +437,26 @@ def _plan(
     c = config or config_for(problem, block, device, units, shared)
     if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
         c = replace(c, warps=8)
+    count = shape[0] if len(shape) == 3 else 1
+    largest = max(shape[-2] * stride[-2] * count, num_pairs * n)
+    if c.specialized:
+        fits = route == SORTED.value and c.pairs == block and count == 1 and tail < 2 and strips >= 8
+        if not (wgmma and fits and round_to == "" and (act != "") == w_gated):
+            c = replace(choose_config(problem, block, units, shared))
+        else:
+            kernel = specialized()
+            tiles = -(-strips // 8)
+            sizes = (experts, n, k, strips, *strides, stride[-2], num_pairs, c.group, alpha, beta, limit)
+            constants = (
+                *(block, kind, problem.block, tail, c.stages, w_gated, w_layout == "interleaved", act, limit != math.inf),
+                *(not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, kind != "" and takes_registers()),
+                *SPECIALIZED_REGISTERS,
+            )
+            return _Plan(kernel, sizes, constants, {"num_warps": 4}, min(units, blocks * tiles), 0, 0, device)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
     pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
     tiles = -(-strips * 16 // c.rows)
-    count = shape[0] if len(shape) == 3 else 1
-    largest = max(shape[-2] * stride[-2] * count, num_pairs * n)
     options = {"num_warps": c.warps, "num_stages": c.stages if torch.version.hip is None else 2}
     if c.maxnreg and ptx:
         options["maxnreg"] = _REGISTERS.get(c.maxnreg, c.maxnreg)
@@ -459,7 +487,7 @@ def _plan(
         *(largest >= 2**31, top_k, pdl, ptx, wgmma and kind != "" and takes_registers(), INTERPRET),
     )
     partial = blocks * tiles * c.split * c.pairs * c.rows if c.split > 1 else 0
-    return _Plan(sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles, device)
+    return _Plan(_grouped_gemm_packed_kernel, sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles, device)
 
 
 def _launch(plan: _Plan, tensors: tuple[Tensor, ...]) -> None:

@@ -1,0 +1,508 @@
+"""Packed grouped GEMM for many pairs an expert on Hopper: warps that load, warps that multiply (Gluon).
+
+    y[p, j] = row_weight[p] * act(alpha[e] * sum_k w[e, n, k] * x[p // top_k, k] + bias[e, n])      e: the expert of pair p
+
+A program stays on its multiprocessor and takes one tile of 128 weight rows times up to 256 pairs after another. One warpgroup copies
+rows of x, codes and scales to shared memory, several steps ahead and on into the next tile; two warpgroups take 64 weight rows each,
+decode a step's weights into registers while the product of the step before runs, and store their part of the result while the other
+still multiplies. ``packing.py`` has the layout of the codes; letters as in ``grouped_gemm.py``.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .epilogue import _gate
+from .numerics import _byte_tile
+
+# Names that changed after Triton 3.6.
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+BK: gl.constexpr = gl.constexpr(64)
+ROWS: gl.constexpr = gl.constexpr(128)
+
+
+@gluon.jit
+def _place(t, tiles, blocks, group):
+    """(block, tile) of the t-th piece of work: GROUP blocks walk the weight tiles together."""
+    first = t // (group * tiles) * group
+    size = gl.minimum(blocks - first, group)
+    inside = t % (group * tiles)
+    return first + inside % size, inside // size
+
+
+@gluon.jit
+def _load_tile(
+    x, w, s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, xs, ws, ss, full, empty,
+    N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    TOP_K: gl.constexpr,
+):  # fmt: skip
+    WARPS: gl.constexpr = gl.num_warps()
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    UNIT: gl.constexpr = 64 if KIND == "e2m1" else 32
+    pair = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(1, COPY)))
+    at = gl.where(pair < pairs, pair, 0) // TOP_K
+    if WIDE:
+        at = at.to(gl.int64)
+    x_from = x + ((at * x_stride)[:, None] + gl.arange(0, BK, gl.SliceLayout(0, COPY))[None, :])
+    if KIND == "":
+        row = strip0 * 16 + gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
+        w_from = w + (row[:, None] * w_step + gl.arange(0, BK, gl.SliceLayout(0, COPY))[None, :])
+    else:
+        WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [WARPS // 8, 8, 1] if WARPS > 8 else [1, WARPS, 1], [2, 1, 0])
+        part = gl.arange(0, BK // UNIT, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None] * w_step
+        strip = strip0 + gl.arange(0, ROWS // 16, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :, None]
+        w_from = w + (part + strip * 128 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :])
+        s_at = (strip0 * 16 + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))) * (32 // BLOCK)
+        s_from = s.to(gl.pointer_type(gl.int32)) + s_at
+        s_step = s_step // 4
+    k0 = 0
+    for step in range(gl.cdiv(k, BK)):
+        stage = it % STAGES
+        mbarrier.wait(empty.index(stage), (it // STAGES & 1) ^ 1)
+        _copy(xs.index(stage).slice(0, N, 0), x_from)
+        _copy(ws.index(stage), w_from)
+        if KIND != "":
+            s0 = step // 2 * s_step
+            if BLOCK == 16:
+                second = step % 2
+                if TAIL:
+                    second |= (k0 == k - BK).to(gl.int32)
+                s0 += second
+            _copy(ss.index(stage), s_from + s0)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        it += 1
+        # addresses go on by what the next step is away: nothing is computed anew while copies wait for their registers
+        by = BK
+        if TAIL:
+            by = gl.minimum(BK, k - BK - k0)
+        k0 += by
+        x_from += by
+        if KIND == "":
+            w_from += by
+        elif TAIL:
+            w_from += by // UNIT * w_step
+        else:
+            w_from += BK // UNIT * w_step
+    return it
+
+
+@gluon.jit
+def _loader(
+    x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group,
+    xs, ws, ss, full, empty,
+    BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    WIDE: gl.constexpr, TOP_K: gl.constexpr,
+):  # fmt: skip
+    blocks = gl.load(num_padded) // BM
+    tiles = gl.cdiv(strips * 16, ROWS)
+    it = 0
+    for t in range(gl.program_id(0), blocks * tiles, gl.num_programs(0)):
+        block, tile = _place(t, tiles, blocks, group)
+        e = gl.load(expert_ids + block)
+        first = block * BM
+        if (e >= 0) & (e < experts):
+            strip0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16)
+            w_e = w + e.to(gl.int64) * w_expert
+            s_e = s + e.to(gl.int64) * s_expert
+            if gl.load(sorted_ids + first + BM // 2) < pairs:
+                it = _load_tile(x, w_e, s_e, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
+            elif gl.load(sorted_ids + first + BM // 4) < pairs:
+                it = _load_tile(x, w_e, s_e, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, xs, ws, ss, full, empty, BM // 2, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
+            else:
+                it = _load_tile(x, w_e, s_e, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, xs, ws, ss, full, empty, BM // 4, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
+
+
+@gluon.jit
+def _scales(words, second, BLOCK: gl.constexpr):
+    """int32 [S, 8], four scale bytes of a row each -> int32 [S, 8, 64 / BLOCK]: bf16 pairs of one scale, of the step's columns."""
+    if BLOCK == 16:
+        a, b, c, d = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t;
+            prmt.b32 t, $4, 0, 0x4040;
+            mad.lo.u32 $0, t, 16, 0x76007600;
+            prmt.b32 t, $4, 0, 0x4141;
+            mad.lo.u32 $1, t, 16, 0x76007600;
+            prmt.b32 t, $4, 0, 0x4242;
+            mad.lo.u32 $2, t, 16, 0x76007600;
+            prmt.b32 t, $4, 0, 0x4343;
+            mad.lo.u32 $3, t, 16, 0x76007600;
+            }
+            """,
+            "=&r,=&r,=&r,=r,r", [words], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return gl.join(gl.join(a, c), gl.join(b, d)).reshape([words.shape[0], 8, 4])
+    else:
+        a, b = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t;
+            prmt.b32 t, $2, 0, 0x4040;
+            shl.b32 $0, t, 7;
+            prmt.b32 t, $2, 0, 0x4141;
+            shl.b32 $1, t, 7;
+            }
+            """,
+            "=&r,=r,r", [words >> (16 * second)], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        return gl.join(a, b)
+
+
+@gluon.jit
+def _weights(w, low, high, KIND: gl.constexpr):
+    """Words [T, S, 128] of codes and of scales of their rows (the strip's upper and lower eight) -> bf16 [16 S, 64].
+
+    ``numerics.decode_*`` and the multiplication by the scales, in pairs of columns.
+    """
+    if KIND == "e2m1":
+        a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, u, v;
+            and.b32 v, $8, 0x81C081C0;
+            mul.rn.bf16x2 v, v, $9;
+            mov.b32 {$0, $1}, v;
+            shf.r.wrap.b32 t, $8, $8, 6;
+            and.b32 v, t, 0x81C081C0;
+            mul.rn.bf16x2 v, v, $10;
+            mov.b32 {$2, $3}, v;
+            shf.r.wrap.b32 t, $8, $8, 12;
+            and.b32 v, t, 0x81C081C0;
+            mul.rn.bf16x2 v, v, $9;
+            mov.b32 {$4, $5}, v;
+            shf.r.wrap.b32 t, $8, $8, 2;
+            shl.b32 u, $8, 6;
+            and.b32 u, u, 0x00400040;
+            lop3.b32 v, t, 0x81808180, u, 0xEA;
+            mul.rn.bf16x2 v, v, $10;
+            mov.b32 {$6, $7}, v;
+            }
+            """,
+            "=&h,=&h,=&h,=&h,=&h,=&h,=h,=h,r,r,r", [w, low, high],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        even = gl.join(gl.join(a, e), gl.join(c, g))  # .. k half, row half
+        v = gl.join(even, gl.join(gl.join(b, f), gl.join(d, h)))  # .. parity
+        v = v.reshape([w.shape[0], w.shape[1], 8, 4, 4, 2, 2, 2])  # .. g, c, step, k half, row half, parity
+        return v.permute([1, 6, 2, 0, 4, 5, 3, 7]).reshape([w.shape[1] * 16, 64])
+    elif KIND == "e4m3":
+        a, b, c, d = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, u, v;
+            and.b32 v, $4, 0x87F087F0;
+            mul.rn.bf16x2 v, v, $5;
+            mov.b32 {$0, $1}, v;
+            shf.r.wrap.b32 t, $4, $4, 4;
+            shl.b32 u, $4, 4;
+            and.b32 u, u, 0x00700070;
+            lop3.b32 v, t, 0x87808780, u, 0xEA;
+            mul.rn.bf16x2 v, v, $6;
+            mov.b32 {$2, $3}, v;
+            }
+            """,
+            "=&h,=&h,=h,=h,r,r,r", [w, low, high],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1,
+        )  # fmt: skip
+        return _byte_tile(a, b, c, d)
+    else:
+        a, b, c, d = gl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, u, v;
+            shr.b32 t, $4, 3;
+            and.b32 t, t, 0x0FE00FE0;
+            lop3.b32 v, $4, 0x80008000, t, 0xEA;
+            mul.rn.bf16x2 v, v, $5;
+            mov.b32 {$0, $1}, v;
+            shl.b32 u, $4, 8;
+            shl.b32 t, $4, 5;
+            and.b32 t, t, 0x0FE00FE0;
+            lop3.b32 v, u, 0x80008000, t, 0xEA;
+            mul.rn.bf16x2 v, v, $6;
+            mov.b32 {$2, $3}, v;
+            }
+            """,
+            "=&h,=&h,=h,=h,r,r,r", [w, low, high],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1,
+        )  # fmt: skip
+        return _byte_tile(a, b, c, d)
+
+
+@gluon.jit
+def _spread(scale, KIND: gl.constexpr, BLOCK: gl.constexpr, WORDS: gl.constexpr):
+    """Scales [4, 8, 64 / BLOCK] for each of the words [T, 4, 128] (strip, g, c, its four words)."""
+    if KIND != "e2m1":
+        L: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [1, 0, 0, 0, 0]],
+            [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 0, 4, 0, 0]],
+            [[0, 1, 0, 0, 0], [0, 2, 0, 0, 0]], [], [2, 4, 8, 4, 4],
+        )  # fmt: skip
+        scale = gl.convert_layout(scale.permute([2, 0, 1]), gl.SliceLayout(3, gl.SliceLayout(4, L)))
+        scale, _ = gl.broadcast(scale[:, :, :, None, None], gl.full([2, 4, 8, 4, 4], 0, gl.int32, L))
+        return gl.convert_layout(scale.reshape([2, 4, 128]), WORDS)
+    else:
+        B: gl.constexpr = 64 // BLOCK
+        L: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]] if B == 2 else [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0]],
+            [[0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]],
+            [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0]], [], [4, 8, 4, B, 4 // B],
+        )  # fmt: skip
+        scale = gl.convert_layout(scale, gl.SliceLayout(2, gl.SliceLayout(4, L)))
+        scale, _ = gl.broadcast(scale[:, :, None, :, None], gl.full([4, 8, 4, B, 4 // B], 0, gl.int32, L))
+        return gl.convert_layout(scale.reshape([1, 4, 128]), WORDS)
+
+
+@gluon.jit
+def _decoded(ws, ss, second, HALF: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, OPERAND: gl.constexpr):
+    """bf16 [64, 64] of a stage: the warpgroup's part of the weight tile, as a left operand."""
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
+    LISTED: gl.constexpr = gl.DistributedLinearLayout([[8]], [[0], [0], [1], [2], [4]], [[16], [32]], [], [64])
+    words = ws.slice(HALF * 4, 4, 1).load(WORDS)
+    scales = ss.slice(HALF * 64, 64, 0).load(LISTED)
+    low, high = gl.split(scales.reshape([4, 2, 8]).permute([0, 2, 1]))
+    low = _spread(_scales(low, second, BLOCK), KIND, BLOCK, WORDS)
+    high = _spread(_scales(high, second, BLOCK), KIND, BLOCK, WORDS)
+    return gl.convert_layout(_weights(words, low, high, KIND), OPERAND)
+
+
+@gluon.jit
+def _second(step, k, TAIL: gl.constexpr):
+    """Which half of its 128 columns a step takes."""
+    second = step % 2
+    if TAIL:
+        second |= (step * BK >= k - BK).to(gl.int32)
+    return second
+
+
+@gluon.jit
+def _used(a):
+    """A use of registers that a product was reading: ptxas before 12.9 takes them for something else if nothing follows."""
+    gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred p;
+        .reg .b32 t;
+        mov.u32 t, %nsmid;
+        setp.eq.u32 p, t, 0;
+        @p st.shared.v4.b32 [t], {$4, $5, $6, $7};
+        mov.b32 $0, $4;
+        mov.b32 $1, $5;
+        mov.b32 $2, $6;
+        mov.b32 $3, $7;
+        }
+        """,
+        "=r,=r,=r,=r,r,r,r,r", [a], dtype=gl.bfloat16, is_pure=False, pack=8,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _tile(
+    xs, ws, ss, full, empty, it, k,
+    HALF: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    KEEP: gl.constexpr,
+):  # fmt: skip
+    """float32 [64, N]: the sums of the warpgroup's weight rows and N pairs."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    acc = gl.zeros([64, N], gl.float32, ACC)
+    steps = gl.cdiv(k, BK)
+    stage = it % STAGES
+    mbarrier.wait(full.index(stage), it // STAGES & 1)
+    if KIND == "":
+        fence_async_shared()
+        a = ws.index(stage).slice(HALF * 64, 64, 0)
+        token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
+        for _ in range(steps - 1):
+            it += 1
+            following = it % STAGES
+            mbarrier.wait(full.index(following), it // STAGES & 1)
+            fence_async_shared()
+            a = ws.index(following).slice(HALF * 64, 64, 0)
+            token = warpgroup_mma(a, xs.index(following).slice(0, N, 0).permute([1, 0]), token, is_async=True)
+            token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage = following
+        acc = warpgroup_mma_wait(0, deps=[token])
+    else:
+        a = _decoded(ws.index(stage), ss.index(stage), _second(0, k, TAIL), HALF, KIND, BLOCK, OPERAND)
+        fence_async_shared()
+        for step in range(1, steps):
+            token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
+            it += 1
+            following = it % STAGES
+            mbarrier.wait(full.index(following), it // STAGES & 1)
+            b = _decoded(ws.index(following), ss.index(following), _second(step, k, TAIL), HALF, KIND, BLOCK, OPERAND)
+            fence_async_shared()
+            _used(b)
+            acc = warpgroup_mma_wait(0, deps=[token])
+            if KEEP:
+                _used(a)
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage = following
+            a = b
+        token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[token])
+        if KEEP:
+            _used(a)
+    mbarrier.arrive(empty.index(stage), count=1)
+    return acc, it + 1
+
+
+@gluon.jit
+def _halves(acc):
+    """float32 [R, N] -> its first and its last N / 2 columns."""
+    return gl.split(acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]))
+
+
+@gluon.jit
+def _store(
+    acc, y, sorted_ids, bias, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
+    GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Epilogue of up to 64 pairs."""
+    N: gl.constexpr = acc.shape[1]
+    if N > 64:
+        a, b = _halves(acc)
+        _store(a, y, sorted_ids, bias, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
+            GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+        _store(b, y, sorted_ids, bias, row_weight, first + N // 2, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
+            GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+    else:
+        MEET: gl.constexpr = GATED and ACT != ""
+        J: gl.constexpr = 32 if MEET else 64
+        if MEET:
+            OUT: gl.constexpr = gl.DistributedLinearLayout(
+                [[0, 1]] + [[0, 8], [0, 16], [0, 32]][: 3 if N == 64 else 2],
+                [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [J, N],
+            )  # fmt: skip
+        else:
+            OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+        STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // J, J // 8], [4, 1], [1, 0])
+        if HAS_ALPHA:
+            acc = acc * scale
+        j = gl.arange(0, J, gl.SliceLayout(1, OUT))
+        if MEET:
+            g, u = gl.split(acc.reshape([4, 2, 8, N]).permute([0, 2, 3, 1]))
+            g = gl.convert_layout(g.reshape([J, N]), OUT)
+            u = gl.convert_layout(u.reshape([J, N]), OUT)
+            if HAS_BIAS:
+                j += row0 // 2
+                inside = j < n // 2
+                if INTERLEAVED:
+                    i0 = 2 * j
+                    i1 = 2 * j + 1
+                else:
+                    i0 = j
+                    i1 = n // 2 + j
+                g += gl.load(bias + i0, mask=inside, other=0.0).to(gl.float32)[:, None]
+                u += gl.load(bias + i1, mask=inside, other=0.0).to(gl.float32)[:, None]
+            if LIMIT:
+                g = gl.minimum(g, act_limit, propagate_nan=tl.PropagateNan.ALL)
+                u = gl.maximum(u, -act_limit, propagate_nan=tl.PropagateNan.ALL)
+                u = gl.minimum(u, act_limit, propagate_nan=tl.PropagateNan.ALL)
+            if ACT == "swiglu_oai":
+                u = u + act_beta
+            o = _gate(g, act_alpha, ACT, True) * u
+        else:
+            o = gl.convert_layout(acc, OUT)
+            if HAS_BIAS:
+                j += row0
+                o += gl.load(bias + j, mask=j < n, other=0.0).to(gl.float32)[:, None]
+        if HAS_WEIGHT:
+            slot = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(0, OUT)))
+            o = o * gl.load(row_weight + slot, mask=slot < pairs, other=0.0)[None, :]
+        o = gl.convert_layout(o.to(y.dtype.element_ty).permute([1, 0]), STORE)
+        pair = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(1, STORE)))
+        live = pair < pairs
+        width = n // 2 if MEET else n
+        column = (row0 // 2 if MEET else row0) + gl.arange(0, J, gl.SliceLayout(0, STORE))
+        if WIDE:
+            pair = pair.to(gl.int64)
+        gl.store(y + (pair * width)[:, None] + column[None, :], o, mask=live[:, None] & (column < width)[None, :])
+
+
+@gluon.jit
+def _consumer(
+    y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
+    xs, ws, ss, full, empty,
+    HALF: gl.constexpr, BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+    STAGES: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr,
+    HAS_ALPHA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    blocks = gl.load(num_padded) // BM
+    tiles = gl.cdiv(strips * 16, ROWS)
+    it = 0
+    for t in range(gl.program_id(0), blocks * tiles, gl.num_programs(0)):
+        block, tile = _place(t, tiles, blocks, group)
+        e = gl.load(expert_ids + block)
+        first = block * BM
+        if (e >= 0) & (e < experts):
+            row0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16) * 16 + HALF * 64
+            scale = 1.0
+            if HAS_ALPHA:
+                scale = gl.load(alpha + e)
+            bias_e = bias + e.to(gl.int64) * n
+            if gl.load(sorted_ids + first + BM // 2) < pairs:
+                acc, it = _tile(xs, ws, ss, full, empty, it, k, HALF, BM, KIND, BLOCK, TAIL, STAGES, KEEP)
+                _store(acc, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
+                    GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+            elif gl.load(sorted_ids + first + BM // 4) < pairs:
+                acc2, it = _tile(xs, ws, ss, full, empty, it, k, HALF, BM // 2, KIND, BLOCK, TAIL, STAGES, KEEP)
+                _store(acc2, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
+                    GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+            else:
+                acc3, it = _tile(xs, ws, ss, full, empty, it, k, HALF, BM // 4, KIND, BLOCK, TAIL, STAGES, KEEP)
+                _store(acc3, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
+                    GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["experts", "pairs", "group", "act_alpha", "act_beta", "act_limit"])
+def _grouped_gemm_specialized_kernel(
+    x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,
+    experts, n, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group, act_alpha, act_beta, act_limit,
+    BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TOP_K: gl.constexpr, KEEP: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, LOADERS: gl.constexpr,
+):  # fmt: skip
+    """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; blocks of BM pairs."""
+    xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], gl.NVMMASharedLayout(128, 16, 2))
+    if KIND == "":
+        ws = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, BK], gl.NVMMASharedLayout(128, 16, 2))
+        ss = ws
+    else:
+        T: gl.constexpr = 1 if KIND == "e2m1" else 2
+        ws = gl.allocate_shared_memory(gl.int32, [STAGES, T, ROWS // 16, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+        ss = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=32 * LOADERS)
+        mbarrier.init(empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (_consumer, (y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
+                xs, ws, ss, full, empty, 0, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP)),
+            (_consumer, (y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
+                xs, ws, ss, full, empty, 1, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP)),
+            (_loader, (x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group,
+                xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)),
+        ],
+        [4, LOADERS],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS],
+    )  # fmt: skip

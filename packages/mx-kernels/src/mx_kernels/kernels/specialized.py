@@ -244,36 +244,36 @@ def _weights(w, low, high, KIND: gl.constexpr):
 
 @gluon.jit
 def _spread(scale, KIND: gl.constexpr, BLOCK: gl.constexpr, WORDS: gl.constexpr):
-    """Scales [4, 8, 64 / BLOCK] for each of the words [T, 4, 128] (strip, g, c, its four words)."""
+    """Scales [8, 8, 64 / BLOCK] for each of the words [T, 8, 128] (strip, g, c, its four words)."""
     if KIND != "e2m1":
         L: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [1, 0, 0, 0, 0]],
+            [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [0, 4, 0, 0, 0], [1, 0, 0, 0, 0]],
             [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 0, 4, 0, 0]],
-            [[0, 1, 0, 0, 0], [0, 2, 0, 0, 0]], [], [2, 4, 8, 4, 4],
+            [[0, 1, 0, 0, 0], [0, 2, 0, 0, 0]], [], [2, 8, 8, 4, 4],
         )  # fmt: skip
         scale = gl.convert_layout(scale.permute([2, 0, 1]), gl.SliceLayout(3, gl.SliceLayout(4, L)))
-        scale, _ = gl.broadcast(scale[:, :, :, None, None], gl.full([2, 4, 8, 4, 4], 0, gl.int32, L))
-        return gl.convert_layout(scale.reshape([2, 4, 128]), WORDS)
+        scale, _ = gl.broadcast(scale[:, :, :, None, None], gl.full([2, 8, 8, 4, 4], 0, gl.int32, L))
+        return gl.convert_layout(scale.reshape([2, 8, 128]), WORDS)
     else:
         B: gl.constexpr = 64 // BLOCK
         L: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]] if B == 2 else [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0]],
+            [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [4, 0, 0, 0, 0]] if B == 2 else [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [4, 0, 0, 0, 0]],
             [[0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]],
-            [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0]], [], [4, 8, 4, B, 4 // B],
+            [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0]], [], [8, 8, 4, B, 4 // B],
         )  # fmt: skip
         scale = gl.convert_layout(scale, gl.SliceLayout(2, gl.SliceLayout(4, L)))
-        scale, _ = gl.broadcast(scale[:, :, None, :, None], gl.full([4, 8, 4, B, 4 // B], 0, gl.int32, L))
-        return gl.convert_layout(scale.reshape([1, 4, 128]), WORDS)
+        scale, _ = gl.broadcast(scale[:, :, None, :, None], gl.full([8, 8, 4, B, 4 // B], 0, gl.int32, L))
+        return gl.convert_layout(scale.reshape([1, 8, 128]), WORDS)
 
 
 @gluon.jit
-def _decoded(ws, ss, second, HALF: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, OPERAND: gl.constexpr):
-    """bf16 [64, 64] of a stage: the warpgroup's part of the weight tile, as a left operand."""
+def _decoded(ws, ss, second, KIND: gl.constexpr, BLOCK: gl.constexpr, OPERAND: gl.constexpr):
+    """bf16 [128, 64] of a stage, the weight tile, as a left operand."""
     WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
-    LISTED: gl.constexpr = gl.DistributedLinearLayout([[8]], [[0], [0], [1], [2], [4]], [[16], [32]], [], [64])
-    words = ws.slice(HALF * 4, 4, 1).load(WORDS)
-    scales = ss.slice(HALF * 64, 64, 0).load(LISTED)
-    low, high = gl.split(scales.reshape([4, 2, 8]).permute([0, 2, 1]))
+    LISTED: gl.constexpr = gl.DistributedLinearLayout([[8], [64]], [[0], [0], [1], [2], [4]], [[16], [32]], [], [128])
+    words = ws.load(WORDS)
+    scales = ss.load(LISTED)
+    low, high = gl.split(scales.reshape([8, 2, 8]).permute([0, 2, 1]))
     low = _spread(_scales(low, second, BLOCK), KIND, BLOCK, WORDS)
     high = _spread(_scales(high, second, BLOCK), KIND, BLOCK, WORDS)
     return gl.convert_layout(_weights(words, low, high, KIND), OPERAND)
@@ -312,40 +312,40 @@ def _used(a):
 @gluon.jit
 def _tile(
     xs, ws, ss, full, empty, it, k,
-    HALF: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
     KEEP: gl.constexpr,
 ):  # fmt: skip
-    """float32 [64, N]: the sums of the warpgroup's weight rows and N pairs."""
+    """float32 [128, N]: the sums of a weight tile and N pairs."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    acc = gl.zeros([64, N], gl.float32, ACC)
+    acc = gl.zeros([ROWS, N], gl.float32, ACC)
     steps = gl.cdiv(k, BK)
     stage = it % STAGES
     mbarrier.wait(full.index(stage), it // STAGES & 1)
     if KIND == "":
         fence_async_shared()
-        a = ws.index(stage).slice(HALF * 64, 64, 0)
+        a = ws.index(stage)
         token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
         for _ in range(steps - 1):
             it += 1
             following = it % STAGES
             mbarrier.wait(full.index(following), it // STAGES & 1)
             fence_async_shared()
-            a = ws.index(following).slice(HALF * 64, 64, 0)
+            a = ws.index(following)
             token = warpgroup_mma(a, xs.index(following).slice(0, N, 0).permute([1, 0]), token, is_async=True)
             token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
             mbarrier.arrive(empty.index(stage), count=1)
             stage = following
         acc = warpgroup_mma_wait(0, deps=[token])
     else:
-        a = _decoded(ws.index(stage), ss.index(stage), _second(0, k, TAIL), HALF, KIND, BLOCK, OPERAND)
+        a = _decoded(ws.index(stage), ss.index(stage), _second(0, k, TAIL), KIND, BLOCK, OPERAND)
         fence_async_shared()
         for step in range(1, steps):
             token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
             it += 1
             following = it % STAGES
             mbarrier.wait(full.index(following), it // STAGES & 1)
-            b = _decoded(ws.index(following), ss.index(following), _second(step, k, TAIL), HALF, KIND, BLOCK, OPERAND)
+            b = _decoded(ws.index(following), ss.index(following), _second(step, k, TAIL), KIND, BLOCK, OPERAND)
             fence_async_shared()
             _used(b)
             acc = warpgroup_mma_wait(0, deps=[token])
@@ -374,20 +374,20 @@ def _store(
     GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Epilogue of up to 64 pairs."""
+    """Epilogue, a few pairs after another."""
     N: gl.constexpr = acc.shape[1]
-    if N > 64:
+    MEET: gl.constexpr = GATED and ACT != ""
+    if N > (64 if MEET else 32):
         a, b = _halves(acc)
         _store(a, y, sorted_ids, bias, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
             GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
         _store(b, y, sorted_ids, bias, row_weight, first + N // 2, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
             GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
     else:
-        MEET: gl.constexpr = GATED and ACT != ""
-        J: gl.constexpr = 32 if MEET else 64
+        J: gl.constexpr = 64 if MEET else 128
         if MEET:
             OUT: gl.constexpr = gl.DistributedLinearLayout(
-                [[0, 1]] + [[0, 8], [0, 16], [0, 32]][: 3 if N == 64 else 2],
+                [[0, 1], [0, 8], [0, 16], [0, 32], [32, 0]] if N == 64 else [[0, 1], [0, 8], [0, 16], [32, 0]],
                 [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [J, N],
             )  # fmt: skip
         else:
@@ -397,7 +397,7 @@ def _store(
             acc = acc * scale
         j = gl.arange(0, J, gl.SliceLayout(1, OUT))
         if MEET:
-            g, u = gl.split(acc.reshape([4, 2, 8, N]).permute([0, 2, 3, 1]))
+            g, u = gl.split(acc.reshape([8, 2, 8, N]).permute([0, 2, 3, 1]))
             g = gl.convert_layout(g.reshape([J, N]), OUT)
             u = gl.convert_layout(u.reshape([J, N]), OUT)
             if HAS_BIAS:
@@ -440,7 +440,7 @@ def _store(
 def _consumer(
     y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
     xs, ws, ss, full, empty,
-    HALF: gl.constexpr, BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+    BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     STAGES: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr,
     HAS_ALPHA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
@@ -452,21 +452,21 @@ def _consumer(
         e = gl.load(expert_ids + block)
         first = block * BM
         if (e >= 0) & (e < experts):
-            row0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16) * 16 + HALF * 64
+            row0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16) * 16
             scale = 1.0
             if HAS_ALPHA:
                 scale = gl.load(alpha + e)
             bias_e = bias + e.to(gl.int64) * n
             if gl.load(sorted_ids + first + BM // 2) < pairs:
-                acc, it = _tile(xs, ws, ss, full, empty, it, k, HALF, BM, KIND, BLOCK, TAIL, STAGES, KEEP)
+                acc, it = _tile(xs, ws, ss, full, empty, it, k, BM, KIND, BLOCK, TAIL, STAGES, KEEP)
                 _store(acc, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
                     GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
             elif gl.load(sorted_ids + first + BM // 4) < pairs:
-                acc2, it = _tile(xs, ws, ss, full, empty, it, k, HALF, BM // 2, KIND, BLOCK, TAIL, STAGES, KEEP)
+                acc2, it = _tile(xs, ws, ss, full, empty, it, k, BM // 2, KIND, BLOCK, TAIL, STAGES, KEEP)
                 _store(acc2, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
                     GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
             else:
-                acc3, it = _tile(xs, ws, ss, full, empty, it, k, HALF, BM // 4, KIND, BLOCK, TAIL, STAGES, KEEP)
+                acc3, it = _tile(xs, ws, ss, full, empty, it, k, BM // 4, KIND, BLOCK, TAIL, STAGES, KEEP)
                 _store(acc3, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
                     GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
 
@@ -478,7 +478,7 @@ def _grouped_gemm_specialized_kernel(
     BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
     GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TOP_K: gl.constexpr, KEEP: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, LOADERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr, LOADERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; blocks of BM pairs."""
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], gl.NVMMASharedLayout(128, 16, 2))
@@ -493,16 +493,14 @@ def _grouped_gemm_specialized_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=32 * LOADERS)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=1)
     gl.warp_specialize(
         [
             (_consumer, (y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
-                xs, ws, ss, full, empty, 0, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP)),
-            (_consumer, (y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
-                xs, ws, ss, full, empty, 1, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP)),
+                xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP)),
             (_loader, (x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group,
                 xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)),
         ],
-        [4, LOADERS],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS],
+        [LOADERS],
+        [LOADER_REGISTERS],
     )  # fmt: skip

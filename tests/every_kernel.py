@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 
 import mx_kernels as mk
+from mx_kernels.packed_gemm import flat_product
+from mx_kernels.tuning import Config
 
 SWIGLU_OAI = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
 EXPERTS, HIDDEN, WIDTH, TOP_K = 5, 96, 160, 2
@@ -119,6 +121,21 @@ def packed() -> None:
     )
 
 
+def specialized() -> None:
+    if mk.Device.probe("cuda").arch.name != "sm90":
+        print("  left out: it is made of sm90's warpgroup products")
+        return
+    kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
+    config = Config(256, 128, 64, 4, 4, group=2, specialized=True)
+    x, ids = normal(900, 160), routed(900)
+    for fmt in (mk.MXFP8, mk.MXFP4, mk.NVFP4):
+        p = mk.pack(mk.quantize(normal(EXPERTS, 272, 192 if fmt.element.bits == 4 else 160), fmt), gated=True)
+        tiles = mk.moe_align_block_size(ids, 256, EXPERTS, sort=True)
+        rows = x if p.shape[-1] == 160 else normal(900, 192)
+        args = flat_product(rows, p, tiles, TOP_K, mk.Epilogue(activation=SWIGLU_OAI), None, torch.bfloat16)
+        finite(kernel.grouped_gemm_packed(*args, config)[((ids >= 0) & (ids < EXPERTS)).flatten()])
+
+
 def at_once(layer: mk.PackedLayer, x: torch.Tensor, ids: torch.Tensor) -> None:
     """``layer.launch``, after its steps have compiled what it launches."""
     route = torch.rand(ids.shape).cuda()
@@ -174,6 +191,7 @@ PARTS = {
     align: {"align": ("_align_kernel", "_count_kernel", "_scan_kernel", "_place_kernel")},
     gemm: {"generic_kernel": ("_gemm_kernel",), "combine": ("_combine_kernel",)},
     packed: {"grouped_gemm": ("_grouped_gemm_packed_kernel",)},
+    specialized: {"specialized": ("_grouped_gemm_specialized_kernel",)},
     pack: {"packing": ("_pack_codes_kernel", "_pack_scales_kernel", "_unpack_codes_kernel")},
     rebased: {"rebased": ("_rebase_rows_kernel", "_copy_rows_kernel", "_grouped_gemm_rebased_kernel")},
 }
@@ -199,7 +217,7 @@ def main(chosen: list[str]) -> None:
         part, kernels = parts[name]
         part()
         torch.cuda.synchronize()
-        if name != "rebased" or mk.Device.probe("cuda").arch.name == "sm90":
+        if part not in (rebased, specialized) or mk.Device.probe("cuda").arch.name == "sm90":
             check_compiled(name, kernels)
         print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
 

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (75, 80, 86, 89, 90, 100, 103, 120, 121)}
 TARGETS |= {
@@ -134,7 +135,7 @@ def _written(line: str) -> set[int]:
 
 
 def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options) -> Compiled:
-    """Compile a ``@triton.jit`` function for a name in ``TARGETS``.
+    """Compile a ``@triton.jit`` or ``@gluon.jit`` function for a name in ``TARGETS``.
 
     signature: {parameter: type} of every run-time parameter ("*bf16", "*u8", "*fp8e4nv", "i32", "i64", "fp32").
     constexprs: {parameter: value}; a run-time parameter whose host value is 1 or None belongs here too, as in a launch.
@@ -149,7 +150,7 @@ def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options
         i for i, n in enumerate(names) if n not in unaligned and (types[n][0] == "*" or types[n] in ("i32", "i64"))
     ]
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(
+    source = (GluonASTSource if fn.is_gluon() else ASTSource)(
         fn=fn, signature=types, constexprs={(names.index(k),): v for k, v in constexprs.items()}, attrs=attrs
     )
     gpu = TARGETS[target]

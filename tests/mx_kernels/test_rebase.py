@@ -323,6 +323,59 @@ def test_grouped_gemm_rebased_kernel(block_size, promote, act, fmt):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [mk.MXFP8, mk.MXFP4], ids=str)
+def test_a_split_product_repeats_itself(monkeypatch, fmt):
+    """Few pairs over a long K: several programs a tile, whose sums are added up in one order; gates and quantized results too."""
+    rebased = pytest.importorskip("mx_kernels.kernels.rebased")
+    splits, split_of = [], rebased._split_of
+    monkeypatch.setattr(rebased, "_split_of", lambda *args: splits.append(split_of(*args)) or splits[-1])
+    for tokens, act in ((1, None), (3, SWIGLU_OAI), (16, None)):
+        x, w13, _, ids, tiles = _inputs(
+            "cuda", tokens=tokens, experts=4, top_k=2, hidden=14336, width=256, fmt=fmt, block_size=16
+        )
+        w, rows = mk.rebase(w13, gated=act is not None), mk.rebase_rows(x, tiles, top_k=2)
+        epilogue = mk.Epilogue(None, act, torch.rand(ids.numel(), device="cuda"))
+        want, _ = reference.grouped_gemm_rebased(
+            rows[0].view(torch.uint8),
+            rows[1],
+            w.codes().view(torch.uint8),
+            w.scale,
+            tiles,
+            epilogue,
+            True,
+            torch.float32,
+        )
+        got = [
+            mk.grouped_gemm_rebased(
+                rows, w, tiles, epilogue=epilogue, scatter=True, promote=True, out_dtype=torch.float32
+            )
+            for _ in range(5)
+        ]
+        assert splits[-1] > 1
+        assert all(torch.equal(got[0], again) for again in got)
+        assert (got[0].double() - want.double()).norm() / want.double().norm() < 2**-10
+        if act:
+            codes = mk.grouped_gemm_rebased(
+                rows, w, tiles, epilogue=replace(epilogue, requantize_to=mk.MXFP8), promote=True
+            )
+            live = (tiles.sorted_ids < ids.numel()) & (
+                torch.arange(len(tiles.sorted_ids), device="cuda") < tiles.num_padded
+            )
+            whole = mk.quantize(got[0][tiles.sorted_ids[live].long()], mk.MXFP8)
+            assert torch.equal(codes.data.view(torch.uint8)[live], whole.data.view(torch.uint8))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("fp4", [False, True])
+def test_compiles_with_split_k(fp4):
+    compiled = _compiled(16, fp4, False, fp4, k=14336, split=4)
+    assert "atom.global.gpu.acq_rel.add" in compiled.asm
+    assert not any(code in compiled.log for code in ("C7510", "C7515"))
+    assert compiled.spills == 0
+    assert not compiled.overwritten()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("ptx", [True, False], ids=["ptx", "plain"])
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("k", [256, 416, 448])
@@ -347,7 +400,7 @@ def test_fp4_decoding_is_exact(monkeypatch, block_size, ptx, k):
     assert torch.equal(y.unflatten(0, (experts, k)).transpose(1, 2), mk.dequantize(w, torch.float32))
 
 
-def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
+def _compiled(block_m, promote, gated, fp4=False, target="sm_90", k=2880, split=1, **options):
     """gated: GEMM 1, whose result is quantized; otherwise GEMM 2, whose result is by pair."""
     from mx_kernels.kernels import rebased
     from mx_kernels.kernels.launch import takes_registers
@@ -360,10 +413,10 @@ def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
         "x": f"tensordesc<fp8e4nv[{block_m},128]>", "w": "*i32" if fp4 else f"tensordesc<fp8e4nv[{bn},128]>",
         "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32", "w_scale": "*fp32", "y": "*fp8e4nv" if gated else "*bf16",
         "y_scale": "*u8", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32",
-        "n_pairs": "i32", "N": "i32", "N_OUT": "i32",
+        "partial": "*fp32", "counter": "*i32", "n_pairs": "i32", "N": "i32", "N_OUT": "i32",
     }  # fmt: skip
     constants = {
-        "K": 2880, "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
+        "K": k, "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SPLIT": split, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
         "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), "BIAS": gated, "WEIGHTED": not gated,
         "SCATTER": not gated, "QUANTIZE": gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0,
         "LIMIT": 7.0,
@@ -375,11 +428,11 @@ def _compiled(block_m, promote, gated, fp4=False, target="sm_90", **options):
 @pytest.mark.parametrize("gated", [True, False], ids=["gemm1", "gemm2"])
 @pytest.mark.parametrize(
     ("fp4", "block_m", "promote"),
-    [(f, b, p) for f in (False, True) for b in (16, 32, 64, 128) for p in (True, False) if p or b == 128 or not f],
+    [(f, b, p) for f in (False, True) for b in (16, 32, 64, 128) for p in (True, False) if p or b >= 64 or not f],
 )
 def test_compiles_to_fp8_wgmma(fp4, block_m, promote, gated):
     """FP8 warpgroup products, none serialized; the shipped tiles do not spill. Weights of four bits come from registers, eight codes
-    in some twelve operations, and promoted sums are added there (always in blocks of fewer than 128 pairs)."""
+    in some twelve operations, and promoted sums are added there (always in blocks of fewer than 64 pairs)."""
     compiled = _compiled(block_m, promote, gated, fp4)
     assert compiled.opcodes()["QGMMA"] > 0
     assert "C7510" not in compiled.log

@@ -134,12 +134,20 @@ def legal(c: Config, p: Problem, shared: int) -> bool:
     )
 
 
-def config_for(p: Problem, block: int, device: torch.device, units: int = UNITS, shared: int = SHARED) -> Config:
-    """The configuration for blocks of ``block`` pairs: of a near measured row, else the model's."""
+def config_for(
+    p: Problem,
+    block: int,
+    device: torch.device,
+    units: int = UNITS,
+    shared: int = SHARED,
+    specialized: bool = False,
+) -> Config:
+    """The configuration for blocks of ``block`` pairs: of a near measured row, else the model's. specialized: whether
+    ``kernels/specialized.py`` serves this product."""
     row = nearest(p, place(device), block, ROWS, RUNS) if ROWS else None
-    if row is not None and legal(row.config, p, shared):
+    if row is not None and legal(row.config, p, shared) and (specialized or not row.config.specialized):
         return row.config
-    return choose_config(p, block, units, shared)
+    return choose_config(p, block, units, shared, specialized)
 
 
 def block_for(p: Problem, device: torch.device) -> int:
@@ -148,12 +156,20 @@ def block_for(p: Problem, device: torch.device) -> int:
     Rows are passed over while tracing, where the number of pairs may be a symbol.
     """
     row = None if torch.compiler.is_compiling() or not ROWS else _row(p, device)
-    return model_block(p) if row is None else row.block
+    return model_block(p, specializes(device)) if row is None else row.block
 
 
-def model_block(p: Problem) -> int:
-    """The model's block size."""
-    return block_pairs(p.num_pairs, p.num_experts, p.element == "")
+def model_block(p: Problem, specialized: bool = False) -> int:
+    """The model's block size. specialized: on a device that ``specializes``."""
+    return block_pairs(p.num_pairs, p.num_experts, p.element == "", specialized)
+
+
+@functools.cache
+def specializes(device: torch.device) -> bool:
+    """Whether a device has warpgroup products, which ``kernels/specialized.py`` is made of: NVIDIA's sm_90."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every call of a layer

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from ..tuned import config_for
-from ..tuning import SHARED, UNITS, Config, Problem, choose_config
+from ..tuning import SHARED, UNITS, Config, Problem
 from .dot import packed_dot
 from .epilogue import outputs, store
 from .launch import Launch, takes_registers, target
@@ -287,16 +287,8 @@ def counters(device: torch.device, count: int) -> Tensor:
     return made
 
 
-LOADERS = (40, 4)
-"""Registers of a thread that loads, and warps; those of 128 threads that multiply are what 256 x 128 leave."""
-
-
-@functools.cache
-def specialized() -> Any:
-    """The kernel of ``specialized.py``."""
-    from .specialized import _grouped_gemm_specialized_kernel
-
-    return _grouped_gemm_specialized_kernel
+ROLES = (208, 88)
+"""Registers of a thread that multiplies and of one that loads, where warps do one of the two: 2 x 208 + 88 <= 65536 / 128."""
 
 
 @functools.cache
@@ -433,26 +425,26 @@ def _plan(
             2 if k < width else int(k % 128 != 0),
         )
     units, shared, dependent, wgmma = _facts(device)
-    problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
-    c = config or config_for(problem, block, device, units, shared)
-    if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
-        c = replace(c, warps=8)
     count = shape[0] if len(shape) == 3 else 1
     largest = max(shape[-2] * stride[-2] * count, num_pairs * n)
+    problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
+    served = kind != "" and route == SORTED.value and block == 256 and count == 1 and tail < 2 and strips >= 8
+    served = wgmma and served and round_to == "" and (act != "") == w_gated
+    if config is not None and config.specialized and not served:
+        raise ValueError("this product is none that specialized.py serves")
+    c = config or config_for(problem, block, device, units, shared, served)
     if c.specialized:
-        fits = route == SORTED.value and c.pairs == block and count == 1 and tail < 2 and strips >= 8
-        if not (wgmma and fits and round_to == "" and (act != "") == w_gated):
-            c = replace(choose_config(problem, block, units, shared))
-        else:
-            kernel = specialized()
-            tiles = -(-strips // 8)
-            sizes = (experts, n, k, strips, *strides, stride[-2], num_pairs, c.group, alpha, beta, limit)
-            constants = (
-                *(block, kind, problem.block, tail, c.stages, w_gated, w_layout == "interleaved", act, limit != math.inf),
-                *(not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, kind != "" and takes_registers()),
-                *LOADERS,
-            )
-            return _Plan(kernel, sizes, constants, {"num_warps": 4, "maxnreg": 128}, min(2 * units, blocks * tiles), 0, 0, device)
+        from .specialized import _grouped_gemm_specialized_kernel
+
+        sizes = (experts, n, k, strips, *strides, stride[-2], num_pairs, c.group, alpha, beta, limit)
+        constants = (
+            *(c.pairs, kind, problem.block, tail, c.stages, w_gated, w_layout == "interleaved", act, limit != math.inf),
+            *(not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, takes_registers(), *ROLES),
+        )
+        programs, options = min(units, blocks * -(-strips // 8)), {"num_warps": c.warps}
+        return _Plan(_grouped_gemm_specialized_kernel, sizes, constants, options, programs, 0, 0, device)
+    if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
+        c = replace(c, warps=8)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
     pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
@@ -487,7 +479,16 @@ def _plan(
         *(largest >= 2**31, top_k, pdl, ptx, wgmma and kind != "" and takes_registers(), INTERPRET),
     )
     partial = blocks * tiles * c.split * c.pairs * c.rows if c.split > 1 else 0
-    return _Plan(_grouped_gemm_packed_kernel, sizes, constants, options, blocks * tiles * c.split, partial, blocks * tiles, device)
+    return _Plan(
+        _grouped_gemm_packed_kernel,
+        sizes,
+        constants,
+        options,
+        blocks * tiles * c.split,
+        partial,
+        blocks * tiles,
+        device,
+    )
 
 
 def _launch(plan: _Plan, tensors: tuple[Tensor, ...]) -> None:

@@ -20,9 +20,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..choose import Unsupported
+from ..tuning import Problem, best_split
 from .bits import e8m0_reciprocal, e8m0_value
 from .dot import drained
 from .finish import activated
+from .grouped_gemm import counters
 from .launch import launch, takes_registers, target
 
 
@@ -248,16 +250,20 @@ def _fp4_tile(words, octaves, N: tl.constexpr, BK: tl.constexpr, PTX: tl.constex
 
 @triton.jit
 def _grouped_gemm_rebased_kernel(
-    x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded, bias, row_weight, n_pairs, N, N_OUT,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
-    FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCATTER: tl.constexpr,
-    QUANTIZE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded, bias, row_weight,
+    partial, counter, n_pairs, N, N_OUT,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    SWAP: tl.constexpr, PROMOTE: tl.constexpr, FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr, SCATTER: tl.constexpr, QUANTIZE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """x, w: descriptors; FP4: w is the pointer to MXFP4's words, BK is 128, and SWAP is set (weights from registers are the left
-    operand)."""
+    operand). SPLIT programs share a tile's K loop; the last of them to arrive adds up, in a fixed order, what each stored in
+    partial [tiles, SPLIT, values of a tile], and leaves counter [tiles] at zero."""
     m_tiles = tl.load(num_padded) // BM
     n_tiles = tl.cdiv(N, BN)
-    tile, pid_n = _tile_of(tl.program_id(0), m_tiles, n_tiles, GROUP)
+    pid = tl.program_id(0)
+    tile, pid_n = _tile_of(pid // SPLIT, m_tiles, n_tiles, GROUP)
     if (tile >= m_tiles) | (pid_n >= n_tiles):
         return
     expert = tl.load(expert_ids + tile)
@@ -272,7 +278,8 @@ def _grouped_gemm_rebased_kernel(
         octave_at = octaves + expert.to(tl.int64) * steps * (strips * 64)
         octave_at += weight_row[:, None] * 4 + tl.arange(0, 4)[None, :]
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
-    for step in range(steps):
+    for i in range(steps // SPLIT):
+        step = i * SPLIT + pid % SPLIT
         xt = x.load([tile * BM, step * BK])
         if FP4:
             wt = _fp4_tile(
@@ -297,6 +304,18 @@ def _grouped_gemm_rebased_kernel(
                 acc = tl.dot(xt, wt.T, acc, max_num_imprecise_acc=BK)
             else:
                 acc = tl.dot(xt, wt.T, acc)
+    if SPLIT > 1:
+        slot = tile * n_tiles + pid_n
+        at = partial + slot.to(tl.int64) * (SPLIT * BM * BN)
+        at += tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
+        tl.store(at + pid % SPLIT * (BM * BN), acc)
+        tl.debug_barrier()
+        if tl.atomic_add(counter + slot, 1, sem="acq_rel", scope="gpu") < SPLIT - 1:
+            return
+        acc = tl.zeros_like(acc)
+        for part in tl.static_range(SPLIT):
+            acc += tl.load(at + part * (BM * BN), cache_modifier=".cg")
+        tl.store(counter + slot, 0)
     if SWAP:
         acc = acc.trans()
     n = pid_n * BN + tl.arange(0, BN)
@@ -353,6 +372,14 @@ def tile_config(block_m: int, promote: bool, fp4: bool = False, quantize: bool =
     return {"BN": 64, "num_warps": 4, "num_stages": 7, "SWAP": True}
 
 
+def _split_of(n: int, k: int, experts: int, pairs: int, rows: int, step: int, fp4: bool, device: torch.device) -> int:
+    """Programs that share a tile's K loop: by the model of packed weights, if they get as many steps each."""
+    if pairs > 64:
+        return 1
+    split = best_split(Problem("e2m1" if fp4 else "e4m3", 32, pairs, experts, n, k), rows, step, target(device).units)
+    return math.gcd(split, -(-k // step))
+
+
 def grouped_gemm_rebased(
     x: Tensor, x_scale: Tensor, w: Tensor, w_octaves: Tensor | None, w_scale: Tensor, sorted_ids: Tensor, expert_ids: Tensor,
     num_padded: Tensor, block_m: int, num_pairs: int, *, bias: Tensor | None = None, row_weight: Tensor | None = None,
@@ -363,7 +390,7 @@ def grouped_gemm_rebased(
     ``quantize`` codes and scale bytes of MXFP8, otherwise the second is empty."""
     _needs_fp8(x.device)
     (experts, n), k, fp4 = w_scale.shape, x.shape[1], w_octaves is not None
-    promote = promote or (fp4 and block_m < 128)  # where it costs next to nothing
+    promote = promote or (fp4 and block_m < 64)  # where it costs next to nothing
     n_out = n // 2 if activation else n
     rows, fp8 = num_pairs if scatter else x.shape[0], torch.float8_e4m3fn
     y = torch.empty(rows, n_out, dtype=torch.uint8 if quantize else out_dtype, device=x.device)
@@ -374,14 +401,18 @@ def grouped_gemm_rebased(
     wgmma = target(x.device).wgmma
     c = {**tile_config(block_m, promote, fp4, quantize), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
-    grid = (-(-tiles // group) * group * -(-n // bn),)
+    split = c.pop("SPLIT", 0) or _split_of(n, k, experts, num_pairs, bn, bk, fp4, x.device)
+    slots = -(-tiles // group) * group * -(-n // bn)
+    partial = torch.empty(slots * split * block_m * bn if split > 1 else 0, device=x.device)
+    counter = counters(x.device, slots) if split > 1 else sorted_ids
+    grid = (slots * split,)
     weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk])
     launch(
         _grouped_gemm_rebased_kernel, grid, x.device,
         TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
         x_scale, w_scale, y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
-        row_weight if row_weight is not None else y, num_pairs, n, n_out,
-        K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
+        row_weight if row_weight is not None else y, partial if split > 1 else y, counter, num_pairs, n, n_out,
+        K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SPLIT=split, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
         DRAIN=wgmma and takes_registers(),
         BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, QUANTIZE=quantize,
         GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,

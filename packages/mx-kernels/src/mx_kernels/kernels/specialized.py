@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -27,6 +26,7 @@ from .numerics import _byte_tile
 
 # Names that changed after Triton 3.6.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 BK: gl.constexpr = gl.constexpr(64)
 ROWS: gl.constexpr = gl.constexpr(128)
@@ -34,7 +34,7 @@ ROWS: gl.constexpr = gl.constexpr(128)
 
 @gluon.jit
 def _place(t, tiles, blocks, group):
-    """(block, tile) of the t-th piece of work: GROUP blocks walk the weight tiles together."""
+    """(block, tile) of the t-th piece of work: ``group`` blocks walk the weight tiles together."""
     first = t // (group * tiles) * group
     size = gl.minimum(blocks - first, group)
     inside = t % (group * tiles)
@@ -42,11 +42,22 @@ def _place(t, tiles, blocks, group):
 
 
 @gluon.jit
+def _second(step, k, TAIL: gl.constexpr):
+    """Which half of its 128 columns a step takes."""
+    second = step % 2
+    if TAIL:
+        second |= (step * BK >= k - BK).to(gl.int32)
+    return second
+
+
+@gluon.jit
 def _load_tile(
-    x, w, s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, xs, ws, ss, full, empty,
+    x, w, s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, ring,
     N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     TOP_K: gl.constexpr,
 ):  # fmt: skip
+    """Copy all steps of a tile with N pairs; ``it`` counts steps."""
+    xs, ws, ss, full, empty = ring
     WARPS: gl.constexpr = gl.num_warps()
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     UNIT: gl.constexpr = 64 if KIND == "e2m1" else 32
@@ -55,31 +66,23 @@ def _load_tile(
     if WIDE:
         at = at.to(gl.int64)
     x_from = x + ((at * x_stride)[:, None] + gl.arange(0, BK, gl.SliceLayout(0, COPY))[None, :])
-    if KIND == "":
-        row = strip0 * 16 + gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
-        w_from = w + (row[:, None] * w_step + gl.arange(0, BK, gl.SliceLayout(0, COPY))[None, :])
-    else:
-        WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [WARPS // 8, 8, 1] if WARPS > 8 else [1, WARPS, 1], [2, 1, 0])
-        part = gl.arange(0, BK // UNIT, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None] * w_step
-        strip = strip0 + gl.arange(0, ROWS // 16, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :, None]
-        w_from = w + (part + strip * 128 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :])
-        s_at = (strip0 * 16 + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))) * (32 // BLOCK)
-        s_from = s.to(gl.pointer_type(gl.int32)) + s_at
-        s_step = s_step // 4
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
+    part = gl.arange(0, BK // UNIT, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None] * w_step
+    strip = strip0 + gl.arange(0, ROWS // 16, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :, None]
+    w_from = w + (part + strip * 128 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :])
+    s_at = (strip0 * 16 + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))) * (32 // BLOCK)
+    s_from = s.to(gl.pointer_type(gl.int32)) + s_at
+    s_step = s_step // 4
     k0 = 0
     for step in range(gl.cdiv(k, BK)):
         stage = it % STAGES
         mbarrier.wait(empty.index(stage), (it // STAGES & 1) ^ 1)
         _copy(xs.index(stage).slice(0, N, 0), x_from)
         _copy(ws.index(stage), w_from)
-        if KIND != "":
-            s0 = step // 2 * s_step
-            if BLOCK == 16:
-                second = step % 2
-                if TAIL:
-                    second |= (k0 == k - BK).to(gl.int32)
-                s0 += second
-            _copy(ss.index(stage), s_from + s0)
+        s0 = step // 2 * s_step
+        if BLOCK == 16:
+            s0 += _second(step, k, TAIL)
+        _copy(ss.index(stage), s_from + s0)
         async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
         it += 1
         # addresses go on by what the next step is away: nothing is computed anew while copies wait for their registers
@@ -88,12 +91,7 @@ def _load_tile(
             by = gl.minimum(BK, k - BK - k0)
         k0 += by
         x_from += by
-        if KIND == "":
-            w_from += by
-        elif TAIL:
-            w_from += by // UNIT * w_step
-        else:
-            w_from += BK // UNIT * w_step
+        w_from += by // UNIT * w_step
     return it
 
 
@@ -113,14 +111,16 @@ def _loader(
         first = block * BM
         if (e >= 0) & (e < experts):
             strip0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16)
-            w_e = w + e.to(gl.int64) * w_expert
-            s_e = s + e.to(gl.int64) * s_expert
+            args = (
+                x, w + e.to(gl.int64) * w_expert, s + e.to(gl.int64) * s_expert, sorted_ids, first, strip0, w_step, s_step, k,
+                x_stride, pairs, it, (xs, ws, ss, full, empty),
+            )  # fmt: skip
             if gl.load(sorted_ids + first + BM // 2) < pairs:
-                it = _load_tile(x, w_e, s_e, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
+                it = _load_tile(*args, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
             elif gl.load(sorted_ids + first + BM // 4) < pairs:
-                it = _load_tile(x, w_e, s_e, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, xs, ws, ss, full, empty, BM // 2, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
+                it = _load_tile(*args, BM // 2, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
             else:
-                it = _load_tile(x, w_e, s_e, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, xs, ws, ss, full, empty, BM // 4, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
+                it = _load_tile(*args, BM // 4, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
 
 
 @gluon.jit
@@ -244,53 +244,45 @@ def _weights(w, low, high, KIND: gl.constexpr):
 
 @gluon.jit
 def _spread(scale, KIND: gl.constexpr, BLOCK: gl.constexpr, WORDS: gl.constexpr):
-    """Scales [8, 8, 64 / BLOCK] for each of the words [T, 8, 128] (strip, g, c, its four words)."""
+    """Scales [4, 8, 64 / BLOCK] for each of the words [T, 4, 128] (strip, g, c, its four words)."""
     if KIND != "e2m1":
         L: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [0, 4, 0, 0, 0], [1, 0, 0, 0, 0]],
+            [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [1, 0, 0, 0, 0]],
             [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 0, 4, 0, 0]],
-            [[0, 1, 0, 0, 0], [0, 2, 0, 0, 0]], [], [2, 8, 8, 4, 4],
+            [[0, 1, 0, 0, 0], [0, 2, 0, 0, 0]], [], [2, 4, 8, 4, 4],
         )  # fmt: skip
         scale = gl.convert_layout(scale.permute([2, 0, 1]), gl.SliceLayout(3, gl.SliceLayout(4, L)))
-        scale, _ = gl.broadcast(scale[:, :, :, None, None], gl.full([2, 8, 8, 4, 4], 0, gl.int32, L))
-        return gl.convert_layout(scale.reshape([2, 8, 128]), WORDS)
+        scale, _ = gl.broadcast(scale[:, :, :, None, None], gl.full([2, 4, 8, 4, 4], 0, gl.int32, L))
+        return gl.convert_layout(scale.reshape([2, 4, 128]), WORDS)
     else:
         B: gl.constexpr = 64 // BLOCK
         L: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [4, 0, 0, 0, 0]] if B == 2 else [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [4, 0, 0, 0, 0]],
+            [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]] if B == 2 else [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0]],
             [[0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]],
-            [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0]], [], [8, 8, 4, B, 4 // B],
+            [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0]], [], [4, 8, 4, B, 4 // B],
         )  # fmt: skip
         scale = gl.convert_layout(scale, gl.SliceLayout(2, gl.SliceLayout(4, L)))
-        scale, _ = gl.broadcast(scale[:, :, None, :, None], gl.full([8, 8, 4, B, 4 // B], 0, gl.int32, L))
-        return gl.convert_layout(scale.reshape([1, 8, 128]), WORDS)
+        scale, _ = gl.broadcast(scale[:, :, None, :, None], gl.full([4, 8, 4, B, 4 // B], 0, gl.int32, L))
+        return gl.convert_layout(scale.reshape([1, 4, 128]), WORDS)
 
 
 @gluon.jit
-def _decoded(ws, ss, second, KIND: gl.constexpr, BLOCK: gl.constexpr, OPERAND: gl.constexpr):
-    """bf16 [128, 64] of a stage, the weight tile, as a left operand."""
+def _decoded(ws, ss, second, HALF: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, OPERAND: gl.constexpr):
+    """bf16 [64, 64] of a stage: the warpgroup's part of the weight tile, as a left operand."""
     WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
-    LISTED: gl.constexpr = gl.DistributedLinearLayout([[8], [64]], [[0], [0], [1], [2], [4]], [[16], [32]], [], [128])
-    words = ws.load(WORDS)
-    scales = ss.load(LISTED)
-    low, high = gl.split(scales.reshape([8, 2, 8]).permute([0, 2, 1]))
+    LISTED: gl.constexpr = gl.DistributedLinearLayout([[8]], [[0], [0], [1], [2], [4]], [[16], [32]], [], [64])
+    words = ws.slice(HALF * 4, 4, 1).load(WORDS)
+    scales = ss.slice(HALF * 64, 64, 0).load(LISTED)
+    low, high = gl.split(scales.reshape([4, 2, 8]).permute([0, 2, 1]))
     low = _spread(_scales(low, second, BLOCK), KIND, BLOCK, WORDS)
     high = _spread(_scales(high, second, BLOCK), KIND, BLOCK, WORDS)
     return gl.convert_layout(_weights(words, low, high, KIND), OPERAND)
 
 
 @gluon.jit
-def _second(step, k, TAIL: gl.constexpr):
-    """Which half of its 128 columns a step takes."""
-    second = step % 2
-    if TAIL:
-        second |= (step * BK >= k - BK).to(gl.int32)
-    return second
-
-
-@gluon.jit
 def _used(a):
-    """A use of registers that a product was reading: ptxas before 12.9 takes them for something else if nothing follows."""
+    """A use of registers, by a store that never happens: what they hold is there by now, decoded before a wait and not after it, and
+    kept until then while a product reads it (ptxas before 12.9 would take the registers for something else)."""
     gl.inline_asm_elementwise(
         """
         {
@@ -311,61 +303,42 @@ def _used(a):
 
 @gluon.jit
 def _tile(
-    xs, ws, ss, full, empty, it, k,
-    N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    ring, it, k,
+    HALF: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
     KEEP: gl.constexpr,
 ):  # fmt: skip
-    """float32 [128, N]: the sums of a weight tile and N pairs."""
+    """float32 [64, N]: the sums of the warpgroup's weight rows and N pairs; ``it`` counts steps."""
+    xs, ws, ss, full, empty = ring
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    acc = gl.zeros([ROWS, N], gl.float32, ACC)
+    acc = gl.zeros([64, N], gl.float32, ACC)
     steps = gl.cdiv(k, BK)
     stage = it % STAGES
     mbarrier.wait(full.index(stage), it // STAGES & 1)
-    if KIND == "":
-        fence_async_shared()
-        a = ws.index(stage)
+    a = _decoded(ws.index(stage), ss.index(stage), _second(0, k, TAIL), HALF, KIND, BLOCK, OPERAND)
+    fence_async_shared()
+    for step in range(1, steps):
         token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
-        for _ in range(steps - 1):
-            it += 1
-            following = it % STAGES
-            mbarrier.wait(full.index(following), it // STAGES & 1)
-            fence_async_shared()
-            a = ws.index(following)
-            token = warpgroup_mma(a, xs.index(following).slice(0, N, 0).permute([1, 0]), token, is_async=True)
-            token = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[token]))
-            mbarrier.arrive(empty.index(stage), count=1)
-            stage = following
-        acc = warpgroup_mma_wait(0, deps=[token])
-    else:
-        a = _decoded(ws.index(stage), ss.index(stage), _second(0, k, TAIL), KIND, BLOCK, OPERAND)
+        it += 1
+        following = it % STAGES
+        mbarrier.wait(full.index(following), it // STAGES & 1)
+        b = _decoded(ws.index(following), ss.index(following), _second(step, k, TAIL), HALF, KIND, BLOCK, OPERAND)
         fence_async_shared()
-        for step in range(1, steps):
-            token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
-            it += 1
-            following = it % STAGES
-            mbarrier.wait(full.index(following), it // STAGES & 1)
-            b = _decoded(ws.index(following), ss.index(following), _second(step, k, TAIL), KIND, BLOCK, OPERAND)
-            fence_async_shared()
-            _used(b)
-            acc = warpgroup_mma_wait(0, deps=[token])
-            if KEEP:
-                _used(a)
-            mbarrier.arrive(empty.index(stage), count=1)
-            stage = following
-            a = b
-        token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
+        _used(b)
         acc = warpgroup_mma_wait(0, deps=[token])
         if KEEP:
             _used(a)
+        _barrier()  # one thread arrives for all that have read the codes
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage = following
+        a = b
+    token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[token])
+    if KEEP:
+        _used(a)
+    _barrier()
     mbarrier.arrive(empty.index(stage), count=1)
     return acc, it + 1
-
-
-@gluon.jit
-def _halves(acc):
-    """float32 [R, N] -> its first and its last N / 2 columns."""
-    return gl.split(acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]))
 
 
 @gluon.jit
@@ -374,20 +347,51 @@ def _store(
     GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Epilogue, a few pairs after another."""
+    """Epilogue and store of the warpgroup's sums, 64 pairs after 64 (``epilogue.py`` has the formulas)."""
     N: gl.constexpr = acc.shape[1]
-    MEET: gl.constexpr = GATED and ACT != ""
-    if N > (64 if MEET else 32):
-        a, b = _halves(acc)
-        _store(a, y, sorted_ids, bias, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
-            GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
-        _store(b, y, sorted_ids, bias, row_weight, first + N // 2, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
-            GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+    if N > 64:
+        a, b = gl.split(acc.reshape([64, 2, N // 2]).permute([0, 2, 1]))
+        args = (pairs, n, scale, row0, act_alpha, act_beta, act_limit)
+        _store(
+            a,
+            y,
+            sorted_ids,
+            bias,
+            row_weight,
+            first,
+            *args,
+            GATED,
+            INTERLEAVED,
+            ACT,
+            LIMIT,
+            HAS_ALPHA,
+            HAS_BIAS,
+            HAS_WEIGHT,
+            WIDE,
+        )
+        _store(
+            b,
+            y,
+            sorted_ids,
+            bias,
+            row_weight,
+            first + N // 2,
+            *args,
+            GATED,
+            INTERLEAVED,
+            ACT,
+            LIMIT,
+            HAS_ALPHA,
+            HAS_BIAS,
+            HAS_WEIGHT,
+            WIDE,
+        )
     else:
-        J: gl.constexpr = 64 if MEET else 128
+        MEET: gl.constexpr = GATED and ACT != ""
+        J: gl.constexpr = 32 if MEET else 64
         if MEET:
             OUT: gl.constexpr = gl.DistributedLinearLayout(
-                [[0, 1], [0, 8], [0, 16], [0, 32], [32, 0]] if N == 64 else [[0, 1], [0, 8], [0, 16], [32, 0]],
+                [[0, 1], [0, 8], [0, 16], [0, 32]],
                 [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [J, N],
             )  # fmt: skip
         else:
@@ -397,7 +401,7 @@ def _store(
             acc = acc * scale
         j = gl.arange(0, J, gl.SliceLayout(1, OUT))
         if MEET:
-            g, u = gl.split(acc.reshape([8, 2, 8, N]).permute([0, 2, 3, 1]))
+            g, u = gl.split(acc.reshape([4, 2, 8, N]).permute([0, 2, 3, 1]))
             g = gl.convert_layout(g.reshape([J, N]), OUT)
             u = gl.convert_layout(u.reshape([J, N]), OUT)
             if HAS_BIAS:
@@ -440,7 +444,7 @@ def _store(
 def _consumer(
     y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
     xs, ws, ss, full, empty,
-    BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+    HALF: gl.constexpr, BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     STAGES: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr,
     HAS_ALPHA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
@@ -452,23 +456,23 @@ def _consumer(
         e = gl.load(expert_ids + block)
         first = block * BM
         if (e >= 0) & (e < experts):
-            row0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16) * 16
+            row0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16) * 16 + HALF * 64
             scale = 1.0
             if HAS_ALPHA:
                 scale = gl.load(alpha + e)
-            bias_e = bias + e.to(gl.int64) * n
+            ring = (xs, ws, ss, full, empty)
+            args = (
+                y, sorted_ids, bias + e.to(gl.int64) * n, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
+            )  # fmt: skip
             if gl.load(sorted_ids + first + BM // 2) < pairs:
-                acc, it = _tile(xs, ws, ss, full, empty, it, k, BM, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(acc, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
-                    GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+                acc, it = _tile(ring, it, k, HALF, BM, KIND, BLOCK, TAIL, STAGES, KEEP)
+                _store(acc, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
             elif gl.load(sorted_ids + first + BM // 4) < pairs:
-                acc2, it = _tile(xs, ws, ss, full, empty, it, k, BM // 2, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(acc2, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
-                    GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+                half, it = _tile(ring, it, k, HALF, BM // 2, KIND, BLOCK, TAIL, STAGES, KEEP)
+                _store(half, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
             else:
-                acc3, it = _tile(xs, ws, ss, full, empty, it, k, BM // 4, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(acc3, y, sorted_ids, bias_e, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
-                    GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)  # fmt: skip
+                quarter, it = _tile(ring, it, k, HALF, BM // 4, KIND, BLOCK, TAIL, STAGES, KEEP)
+                _store(quarter, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
 
 
 @gluon.jit(do_not_specialize=["experts", "pairs", "group", "act_alpha", "act_beta", "act_limit"])
@@ -478,29 +482,35 @@ def _grouped_gemm_specialized_kernel(
     BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
     GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TOP_K: gl.constexpr, KEEP: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr, LOADERS: gl.constexpr,
+    PRODUCT_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; blocks of BM pairs."""
+    """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; blocks of BM pairs. ``partial`` and ``counter`` are not used."""
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], gl.NVMMASharedLayout(128, 16, 2))
-    if KIND == "":
-        ws = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, BK], gl.NVMMASharedLayout(128, 16, 2))
-        ss = ws
-    else:
-        T: gl.constexpr = 1 if KIND == "e2m1" else 2
-        ws = gl.allocate_shared_memory(gl.int32, [STAGES, T, ROWS // 16, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-        ss = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    T: gl.constexpr = 1 if KIND == "e2m1" else 2
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES, T, ROWS // 16, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    ss = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=32 * LOADERS)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(full.index(i), count=128)
+        mbarrier.init(empty.index(i), count=2)
     gl.warp_specialize(
         [
-            (_consumer, (y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
-                xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP)),
-            (_loader, (x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group,
-                xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)),
+            (_consumer, (
+                y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group,
+                act_alpha, act_beta, act_limit, xs, ws, ss, full, empty,
+                0, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP,
+            )),
+            (_consumer, (
+                y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group,
+                act_alpha, act_beta, act_limit, xs, ws, ss, full, empty,
+                1, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP,
+            )),
+            (_loader, (
+                x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride,
+                pairs, group, xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K,
+            )),
         ],
-        [LOADERS],
-        [LOADER_REGISTERS],
+        [4, 4],
+        [PRODUCT_REGISTERS, LOAD_REGISTERS],
     )  # fmt: skip

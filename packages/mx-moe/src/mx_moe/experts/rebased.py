@@ -113,5 +113,5 @@ class RebasedExperts(ExpertsBase):
 def rows_per_block(pairs: int, num_experts: int, fp4: bool = False, promote: bool = False) -> int:
     """Tokens a block by the mean number of rows an expert gets; measured on an H200, of MXFP4 on an H100 (docs/performance.md)."""
     mean = pairs / num_experts
-    full = (192 if promote else 48) if fp4 else 96
+    full = 192 if fp4 and promote else 96
     return 128 if mean > full else 64 if mean > 20 else 32 if mean > 10 else 16

@@ -1,0 +1,212 @@
+"""Warps that load and warps that multiply (``kernels/specialized.py``): where they are taken, what they compile to, what they compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mx_kernels as mk
+from mx_kernels import tuned
+from mx_kernels.packed_gemm import flat_product
+from mx_kernels.tuning import Config, Problem, block_pairs, choose_config
+
+SILU = mk.Activation("silu")
+OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
+SPECIALIZED = Config(256, 128, 64, 4, 4, group=4, specialized=True)
+TWO_PROGRAMS = Config(128, 128, 64, 4, 4, levels=3)
+FORMATS = [mk.MXFP8, mk.MXFP8_E5M2, mk.MXFP6_E2M3, mk.MXFP4, mk.NVFP4]
+
+
+@pytest.fixture
+def kernel():
+    return pytest.importorskip("mx_kernels.kernels.grouped_gemm", exc_type=ImportError)
+
+
+@pytest.mark.parametrize(
+    ("experts", "pairs", "n", "k", "taken"),
+    [  # measured on an H100: faster for the first four, slower for the others
+        (8, 8192, 28672, 4096, True),
+        (8, 8192, 4096, 14336, True),
+        (8, 32768, 28672, 4096, True),
+        (128, 131072, 1536, 2048, True),
+        (128, 131072, 2048, 768, False),
+        (128, 65536, 5760, 2880, False),
+        (8, 2048, 28672, 4096, False),
+    ],
+)
+def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, taken):
+    p = Problem("e4m3", 32, pairs, experts, n, k)
+    block = block_pairs(pairs, experts, specialized=True)
+    assert choose_config(p, block, specialized=True).specialized == taken
+    assert not choose_config(p, block_pairs(pairs, experts)).specialized
+    assert block == (256 if pairs // experts >= 768 else 128)
+
+
+def test_only_where_the_device_has_warpgroup_products(monkeypatch):
+    p = Problem("e4m3", 32, 8192, 8, 28672, 4096)
+    for capability, want in (((9, 0), 256), ((8, 0), 128), ((10, 0), 128), ((12, 0), 128)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(tuned, "place", lambda device: ("", 0))
+        tuned.specializes.cache_clear()
+        tuned._row.cache_clear()
+        assert tuned.block_for(p, torch.device("cuda", 0)) == want
+    tuned.specializes.cache_clear()
+    tuned._row.cache_clear()
+    assert not tuned.specializes(torch.device("cpu"))
+
+
+def meta_product(kernel, monkeypatch, f, k, act, config=None, *, pairs=8192, block=256, out=torch.bfloat16, **epilogue):
+    """The plan of a product on the meta device, and its tensors."""
+    calls = []
+    monkeypatch.setattr(kernel, "_launch", lambda plan, tensors: calls.append((plan, tensors)))
+    p = mk.pack(
+        mk.quantize(torch.randn(1, 256, k), f), gated=act is not None, layout=act.layout if act else "concatenated"
+    )
+    p = p.map(lambda t: torch.empty((8, *t.shape[1:]) if t.ndim else t.shape, dtype=t.dtype, device="meta"))
+    object.__setattr__(p, "shape", torch.Size((8, 256, k)))
+    i32 = {"dtype": torch.int32, "device": "meta"}
+    slots = pairs + 8 * block
+    routed = (torch.empty(slots, **i32), torch.empty(slots // block, **i32), torch.empty(1, **i32))
+    tiles = mk.Alignment(torch.empty((pairs // 2, 2), **i32), 8, block, *routed)
+    x = torch.empty((pairs // 2, k), dtype=torch.bfloat16, device="meta")
+    bias = torch.empty((8, 256), dtype=torch.bfloat16, device="meta") if act is OAI else None
+    weight = torch.empty(pairs, device="meta") if act is None else None
+    top_k = 2 if act else 1
+    x = x if act else torch.empty((pairs, k), dtype=torch.bfloat16, device="meta")
+    args = flat_product(x, p, tiles, top_k, mk.Epilogue(bias, act, **epilogue), weight, out)
+    kernel.grouped_gemm_packed(*args, config)
+    return calls[-1]
+
+
+def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, monkeypatch):
+    """Results that are rounded, blocks of other sizes: the model takes two programs a multiprocessor; asked for by name, an error."""
+    taken, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU)
+    assert taken.kernel is not kernel._grouped_gemm_packed_kernel
+    for changed in ({"round_to": mk.MXFP8}, {"block": 128}):
+        plan, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU, **changed)
+        assert plan.kernel is kernel._grouped_gemm_packed_kernel
+        with pytest.raises(ValueError, match="specialized"):
+            meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU, SPECIALIZED, **changed)
+    short, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 96, SILU)  # half of its K is padding
+    assert short.kernel is kernel._grouped_gemm_packed_kernel
+
+
+LIMITS = {
+    mk.MXFP8: 5.30,
+    mk.MXFP8_E5M2: 5.80,
+    mk.MXFP4: 5.30,
+    mk.NVFP4: 5.30,
+}  # instructions a weight of a thread and step
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("act", [SILU, OAI, None], ids=["silu", "oai", "gemm2"])
+@pytest.mark.parametrize("f", LIMITS, ids=str)
+def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act):
+    """Products from registers, none serialized, nothing spilled, no operand overwritten; registers change hands."""
+    plan, tensors = meta_product(kernel, monkeypatch, f, 2880 if f is mk.MXFP4 else 2048, act, SPECIALIZED)
+    names = plan.kernel.arg_names
+    types = {torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32"}
+    values = (*(types[t.dtype] for t in tensors), *("fp32" if isinstance(s, float) else "i32" for s in plan.sizes))
+    constants = dict(zip(names[len(values) :], plan.constants, strict=True))
+    loose = ("experts", "pairs", "strips", "group")
+    made = aot.compile_kernel(
+        plan.kernel, dict(zip(names, values)), constants, "sm_90", unaligned=loose, **plan.options
+    )
+    assert not any(code in made.log for code in ("C7510", "C7514", "C7515"))
+    assert made.spills == 0
+    assert not made.overwritten()
+    assert made.opcodes()["USETMAXREG"] >= 2
+    assert made.shared <= 232448
+    loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 300]
+    for pairs in (256, 128, 64):
+        body = min((b for b in loops if any(f"64x{pairs}x16" in line for line in b)), key=len)
+        assert len(body) / 32 <= LIMITS[f]
+        product, wait = (
+            next(i for i, line in enumerate(body) if line.startswith(word)) for word in ("HGMMA", "WARPGROUP.DEPBAR")
+        )
+        decoded = [i for i, line in enumerate(body) if line.startswith("HMUL2")]
+        assert len(decoded) == 16
+        assert product < min(decoded) < max(decoded) < wait, "weights are decoded while the product before runs"
+
+
+def routing(tokens: int, experts: int, top_k: int, skew: float) -> torch.Tensor:
+    """Ids with dropped pairs; the more skew, the fewer experts get most."""
+    share = torch.arange(1, experts + 1).float().pow(-skew)
+    ids = torch.multinomial(share.expand(tokens, experts), top_k).int()
+    ids[::7, 0] = -1
+    return ids.cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "act", [SILU, OAI, mk.Activation("gelu_tanh", limit=1.5), None], ids=["silu", "oai", "gelu", "none"]
+)
+@pytest.mark.parametrize("f", FORMATS, ids=str)
+def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
+    """Every level (256, 128, 64 pairs), K with and without a tail, biases and row weights, skewed routing, dropped pairs."""
+    for n, k, skew, top_k in ((256, 256, 0.0, 2), (304, 320, 1.5, 2), (128, 160, 3.0, 1), (1536, 2048, 0.5, 2)):
+        if f.element.bits == 4 and k % 64:
+            k += 32
+        ids = routing(1900, 9, top_k, skew)
+        w = mk.quantize(torch.randn(9, n, k, device="cuda") * k**-0.5, f)
+        p = mk.pack(w, gated=act is not None, layout=act.layout if act else "concatenated")
+        x = torch.randn(1900 if act else ids.numel(), k, device="cuda").bfloat16()
+        bias = torch.randn(9, n, device="cuda") if k != 256 else None
+        weight = torch.rand(ids.numel(), device="cuda") if act is None or k == 320 else None
+        outputs = []
+        for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256)):
+            tiles = mk.moe_align_block_size(ids, block, 9, sort=True)
+            args = flat_product(x, p, tiles, top_k if act else 1, mk.Epilogue(bias, act), weight, torch.float32)
+            outputs.append(kernel.grouped_gemm_packed(*args, config)[(ids >= 0).flatten()])
+        assert outputs[0].isfinite().all()
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.gpu
+def test_experts_of_a_layer_that_are_elsewhere(kernel):
+    """Blocks of experts that an expert map sends away are left out by those who load and those who multiply alike."""
+    ids = routing(3000, 6, 2, 0.5)
+    expert_map = torch.tensor([1, -1, 0, -1, 2, -1], dtype=torch.int32, device="cuda")
+    p = mk.pack(mk.quantize(torch.randn(3, 256, 512, device="cuda") * 0.04, mk.MXFP8), gated=True)
+    x = torch.randn(3000, 512, device="cuda").bfloat16()
+    here = torch.where(ids >= 0, expert_map[ids.clamp(min=0).long()], -1).flatten() >= 0
+    outputs = []
+    for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256)):
+        tiles = mk.moe_align_block_size(ids, block, 3, expert_map, sort=True)
+        args = flat_product(x, p, tiles, 2, mk.Epilogue(activation=SILU), None, torch.bfloat16)
+        outputs.append(kernel.grouped_gemm_packed(*args, config)[here])
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("f", [mk.MXFP8, mk.MXFP4, mk.NVFP4], ids=str)
+def test_a_layer_of_mixtral_takes_it_and_repeats_itself(kernel, f):
+    """A full device, taken by the model, in a CUDA graph: the same bits each time, and a reference's values."""
+    ids = torch.rand(4096, 8, device="cuda").topk(2).indices.int()
+    w = mk.quantize(torch.randn(8, 4096, 4096, device="cuda").bfloat16() * 0.015, f)
+    p = mk.pack(w, gated=True)
+    x = torch.randn(4096, 4096, device="cuda").bfloat16()
+    rows = mk.block_size(ids.numel(), 8, "cuda", p)
+    assert rows == 256
+    tiles = mk.moe_align_block_size(ids, rows, 8, sort=True)
+
+    def product():
+        return mk.grouped_gemm(x, p, tiles, top_k=2, epilogue=mk.Epilogue(activation=SILU), out_dtype=torch.float32)
+
+    first = product()
+    plan = next(plan for plan in kernel._plans.values() if plan.kernel is not kernel._grouped_gemm_packed_kernel)
+    assert plan.programs == torch.cuda.get_device_properties(0).multi_processor_count
+    pairs = (ids == 3).flatten().nonzero().flatten()
+    up = x[pairs // 2].double() @ mk.dequantize(w, torch.float32)[3].double().T
+    gate, up = up.chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * up
+    assert (first[pairs] - want).norm() / want.norm() < 1e-5
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = product()
+    for _ in range(5):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(first, again)

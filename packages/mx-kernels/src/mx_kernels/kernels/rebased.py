@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..choose import Unsupported
-from ..tuning import Problem, best_split
+from ..tuning import Problem
 from .bits import e8m0_reciprocal, e8m0_value
 from .dot import drained
 from .finish import activated
@@ -372,12 +372,18 @@ def tile_config(block_m: int, promote: bool, fp4: bool = False, quantize: bool =
     return {"BN": 64, "num_warps": 4, "num_stages": 7, "SWAP": True}
 
 
-def _split_of(n: int, k: int, experts: int, pairs: int, rows: int, step: int, fp4: bool, device: torch.device) -> int:
-    """Programs that share a tile's K loop: by the model of packed weights, if they get as many steps each."""
-    if pairs > 64:
+def _split_of(n: int, k: int, experts: int, pairs: int, rows: int, step: int, device: torch.device) -> int:
+    """Programs that share a tile's K loop: where tiles are fewer than half of the multiprocessors, two a multiprocessor."""
+    tiles, units, steps = (
+        -(-n // rows) * Problem("e4m3", 32, pairs, experts, n, k).active,
+        target(device).units,
+        -(-k // step),
+    )
+    if pairs > 64 or 2 * tiles > units:
         return 1
-    split = best_split(Problem("e2m1" if fp4 else "e4m3", 32, pairs, experts, n, k), rows, step, target(device).units)
-    return math.gcd(split, -(-k // step))
+    return max(
+        split for split in (1, 2, 4, 8) if split * tiles <= 2 * units and steps % split == 0 and steps >= 8 * split
+    )
 
 
 def grouped_gemm_rebased(
@@ -401,7 +407,7 @@ def grouped_gemm_rebased(
     wgmma = target(x.device).wgmma
     c = {**tile_config(block_m, promote, fp4, quantize), **(config or {})}
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
-    split = c.pop("SPLIT", 0) or _split_of(n, k, experts, num_pairs, bn, bk, fp4, x.device)
+    split = c.pop("SPLIT", 0) or _split_of(n, k, experts, num_pairs, bn, bk, x.device)
     slots = -(-tiles // group) * group * -(-n // bn)
     partial = torch.empty(slots * split * block_m * bn if split > 1 else 0, device=x.device)
     counter = counters(x.device, slots) if split > 1 else sorted_ids

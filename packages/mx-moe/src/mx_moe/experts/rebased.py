@@ -88,7 +88,7 @@ class RebasedExperts(ExpertsBase):
         weight: Tensor | None = routing.weights.reshape(-1)
         if self.router_weight_on_input:
             x, weight = weighted_input(x, routing), None
-        rows = rows_per_block(routing.ids.numel(), self.num_experts, self._w13.octaves is not None, self.promote)
+        rows = rows_per_block(routing.ids.numel(), self._w13, self.promote)
         tiles = mk.moe_align_block_size(routing.ids, rows, self.num_experts, self.expert_map, sort=True)
         h = mk.grouped_gemm_rebased(
             mk.rebase_rows(x, tiles, top_k=routing.top_k),
@@ -110,8 +110,14 @@ class RebasedExperts(ExpertsBase):
         return mk.combine(y, tiles, out_dtype=x.dtype)
 
 
-def rows_per_block(pairs: int, num_experts: int, fp4: bool = False, promote: bool = False) -> int:
-    """Tokens a block by the mean number of rows an expert gets; measured on an H200, of MXFP4 on an H100 (docs/performance.md)."""
-    mean = pairs / num_experts
-    full = 192 if fp4 and promote else 96
+def rows_per_block(pairs: int, w13: mk.RebasedWeight, promote: bool = False) -> int:
+    """Tokens a block by the mean number of rows an expert gets; measured on an H200, of MXFP4 on an H100 (docs/performance.md).
+
+    An expert that the second-level cache does not hold should be read once.
+    """
+    experts, n, k = w13.shape
+    full = 96
+    if w13.octaves is not None:
+        full = 192 if promote else 48 if n * k > 48e6 else 96
+    mean = pairs / experts
     return 128 if mean > full else 64 if mean > 20 else 32 if mean > 10 else 16

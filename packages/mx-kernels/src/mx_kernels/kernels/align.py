@@ -3,9 +3,8 @@
     position(pair) = start(expert) + (pairs of the expert in earlier chunks) + (earlier pairs of the expert in this chunk)
 
 Up to FUSED_PAIRS pairs one launch does all: each program counts every expert for itself and places the pairs of two, by a running
-sum that counts them in the halves of a word. Beyond, one launch counts the pairs of each chunk of CHUNK, and one adds up those counts,
-compares the pairs of a chunk with each other and places them; where there are more than FEW_COUNTS, one between them adds up the
-counts once for all. Nothing depends on the order in which programs
+sum that counts them in the halves of a word. Beyond, one launch counts the pairs of each chunk of CHUNK, one sums those counts over
+the chunks, and one compares the pairs of a chunk with each other and places them. Nothing depends on the order in which programs
 run: same inputs, same bits. Letters: P pairs, E experts in the weights (EP: the next power of two).
 """
 
@@ -25,7 +24,6 @@ from .launch import Launch, starts_early
 
 FUSED_PAIRS = 2048
 CHUNK = 128
-FEW_COUNTS = 8192
 
 
 @triton.jit
@@ -174,13 +172,9 @@ def _place_kernel(
     EP: tl.constexpr,
     CHUNK: tl.constexpr,
     OWN: tl.constexpr,
-    ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add up what is in front of each pair: the experts before its own, their pairs in earlier chunks, and those in this one.
-
-    ROWS: no fewer than the chunks, whose own counts are given; 0 where they are summed already.
-    """
+    """Add up what is in front of each pair: the experts before its own, their pairs in earlier chunks, and those in this one."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
     first = pid * CHUNK
     i = first + tl.arange(0, CHUNK)
@@ -193,14 +187,8 @@ def _place_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if ROWS > 0:
-        row = tl.arange(0, ROWS)[:, None]
-        each = tl.load(counts + row * EP + tl.arange(0, EP)[None, :], mask=row < programs, other=0)
-        total = tl.sum(each, 0)
-        before = tl.sum(tl.where(row < pid, each, 0), 0)
-    else:
-        total = tl.load(counts + programs.to(tl.int64) * EP + tl.arange(0, EP))
-        before = tl.load(counts + pid.to(tl.int64) * EP + tl.arange(0, EP))
+    total = tl.load(counts + programs.to(tl.int64) * EP + tl.arange(0, EP))
+    before = tl.load(counts + pid.to(tl.int64) * EP + tl.arange(0, EP))
     padded = (total + BLOCK - 1) // BLOCK * BLOCK
     start = tl.cumsum(padded, 0) - padded
     position += tl.gather(start + before, tl.where(mine >= 0, mine, 0), 0)
@@ -238,7 +226,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=4096)
 def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, device: torch.device) -> Plan:
-    """No launch for no pairs, one for few, two or three for many."""
+    """No launch for no pairs, one for few, three for many."""
     slots = capacity(pairs, block_size, num_experts)
     sizes = {"sorted_ids": slots, "expert_ids": slots // block_size, "num_padded": 1}
     if pairs == 0:
@@ -266,7 +254,6 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
     later = {"PDL": early, **({"launch_pdl": True} if early else {})}
     first |= {"PDL": first["PDL"] or early}  # lets the next one start, even where it does not start early itself
     count = Launch(*(_count_kernel, (chunks,), device, *numbers), **first, CHUNK=CHUNK, num_warps=4)
-    few = triton.next_power_of_2(chunks) * bins <= FEW_COUNTS
     scan = Launch(*(_scan_kernel, (bins // 4,), device, chunks), EP=bins, ROWS=1024, COLUMNS=4, **later, num_warps=8)
     place = Launch(
         *(_place_kernel, (chunks,), device, *numbers, slots),
@@ -275,11 +262,10 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
         BLOCK=block_size,
         CHUNK=CHUNK,
         OWN=max(2, triton.next_power_of_2(-(-bins // chunks))),
-        ROWS=triton.next_power_of_2(chunks) if few else 0,
         num_warps=4,
     )
-    sums = () if few else ((scan, ("counts",)),)
-    return Plan(sizes, ((count, (*given, "counts")), *sums, (place, (*given, "counts", *made))))
+    steps = ((count, (*given, "counts")), (scan, ("counts",)), (place, (*given, "counts", *made)))
+    return Plan(sizes, steps)
 
 
 def align_warps(tile: int) -> int:

@@ -150,7 +150,7 @@ def compile_one(job: Job) -> str | None:
         triton.runtime.driver.set_active(Offline())
 
     def warm(plan: Any, tensors: Any) -> None:
-        kernel._grouped_gemm_packed_kernel.warmup(*tensors, *plan.sizes, *plan.constants, grid=(1,), **plan.options)
+        plan.kernel.warmup(*tensors, *plan.sizes, *plan.constants, grid=(1,), **plan.options)
 
     kernel._launch = warm
     try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
+import torch
 from cases import Shape
 
 import mx_kernels as mk
 from mx_kernels import tuned
 from mx_kernels.tuning import Config, Problem, choose_config
 
-SETS = "near,decode,split,mid,prefill,wide,steps"
+SETS = "near,decode,split,mid,prefill,wide,steps,specialized"
 SHARED = 232448  # bytes of shared memory of a program on sm_90
 
 
@@ -47,12 +48,16 @@ def problem_of(shape: Shape, fmt: str, tokens: int, gemm: int) -> Problem:
 def model(shape: Shape, fmt: str, tokens: int, units: int) -> tuple[int, dict[int, Config]]:
     """(pairs of a block, configurations of both GEMMs) that the model takes, measured rows apart."""
     problems = {g: problem_of(shape, fmt, tokens, g) for g in (1, 2)}
-    block = 16 if tokens * shape.top_k <= 64 else tuned.model_block(problems[1])
-    return block, {g: choose_config(p, block, units) for g, p in problems.items()}
+    wide = fmt != "bf16" and tuned.specializes(torch.device("cuda", 0))
+    block = 16 if tokens * shape.top_k <= 64 else tuned.model_block(problems[1], wide)
+    return block, {g: choose_config(p, block, units, specialized=wide) for g, p in problems.items()}
 
 
 def near(c: Config, pairs: int) -> list[Config]:
     """Every configuration that differs from ``c`` in one respect."""
+    if c.specialized:
+        found = [replace(c, stages=s) for s in (3, 4, 5)] + [replace(c, group=g) for g in (1, 4, 8, 16)]
+        return [d for d in found if d != c]
     out = [replace(c, stages=s) for s in (c.stages - 1, c.stages + 1) if s >= 2]
     out += [replace(c, levels=v) for v in (c.levels - 1, c.levels + 1) if v >= 1 and c.pairs >> (v - 1) >= 16]
     out += [replace(c, group=g) for g in (1, 4, 8, 16) if c.split == 1 and pairs > 64]
@@ -102,6 +107,9 @@ def candidates(fmt: str, pairs: int, experts: int, which: str) -> list[Config]:
             out.append(Config(256, 128, step, 8, stages, group=group, levels=3, mask=mask))
     if "steps" in sets:
         out += steps(fmt, pairs, each)
+    if "specialized" in sets and each >= 192 and not plain and tuned.specializes(torch.device("cuda", 0)):
+        for stages, group in itertools.product((4, 5), (1, 4, 8)):
+            out.append(Config(256, 128, 64, 4, stages, group=group, specialized=True))
     return out
 
 
@@ -153,4 +161,5 @@ def short(c: Config) -> str:
     """A configuration in a word."""
     flags = (("k", c.split, 1), ("g", c.group, 1), ("L", c.levels, 1), ("r", c.maxnreg, 0))
     shown = "".join(f"{name}{value}" for name, value, usual in flags if value != usual)
-    return f"{c.pairs}x{c.rows}x{c.step}w{c.warps}s{c.stages}{shown}{'' if c.mask else 'n'}{'p' if c.pdl else ''}"
+    marks = "".join(m for m, there in (("n", not c.mask), ("p", c.pdl), ("s", c.specialized)) if there)
+    return f"{c.pairs}x{c.rows}x{c.step}w{c.warps}s{c.stages}{shown}{marks}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -106,6 +108,8 @@ LIMITS = {
 def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act):
     """Products from registers, none serialized, nothing spilled, no operand overwritten; registers change hands."""
     plan, tensors = meta_product(kernel, monkeypatch, f, 2880 if f is mk.MXFP4 else 2048, act, SPECIALIZED)
+    specialized = importlib.import_module("mx_kernels.kernels.specialized")
+    assert plan.kernel is specialized._grouped_gemm_specialized_kernel
     names = plan.kernel.arg_names
     types = {torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32"}
     values = (*(types[t.dtype] for t in tensors), *("fp32" if isinstance(s, float) else "i32" for s in plan.sizes))

@@ -26,11 +26,13 @@ problems = st.builds(
     st.sampled_from([0, 16, 32, 64, 128, 256]),
     st.sampled_from([0, 8, 132, 304]),
     st.sampled_from([101376, 166912, 232448]),
+    st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
-def test_every_choice_is_legal(p, pairs, units, shared):
-    pairs = pairs or block_pairs(p.num_pairs, p.num_experts, p.element == "")
-    c = choose_config(p, pairs, units, shared)
+def test_every_choice_is_legal(p, pairs, units, shared, specialized):
+    specialized &= p.element != ""  # plain weights are not served
+    pairs = pairs or block_pairs(p.num_pairs, p.num_experts, p.element == "", specialized)
+    c = choose_config(p, pairs, units, shared, specialized)
     assert pairs % c.pairs == 0
     assert c.rows in (64, 128, 256)
     assert c.split in (1, 2, 4, 8)
@@ -38,13 +40,15 @@ def test_every_choice_is_legal(p, pairs, units, shared):
     assert c.pairs // (1 << (c.levels - 1)) >= 16
     assert c.split == 1 or c.group == 1
     assert shared_bytes(c, p) <= shared
-    assert c.rows <= max(64, 2 * p.n)
+    assert c.rows <= max(64, 2 * p.n) or c.specialized  # whose plan asks for 128 rows
+    assert not c.specialized or (specialized and c.pairs == pairs == 256)
 
 
-@given(st.integers(1, 1 << 20), st.integers(1, 512), st.booleans())
-def test_blocks_grow_with_the_pairs_of_an_expert(pairs, experts, plain):
-    assert block_pairs(pairs, experts, plain) <= block_pairs(2 * pairs, experts, plain)
-    assert block_pairs(pairs, experts, plain) in (16, 32, 64, 128, 256 if plain else 128)
+@given(st.integers(1, 1 << 20), st.integers(1, 512), st.booleans(), st.booleans())
+def test_blocks_grow_with_the_pairs_of_an_expert(pairs, experts, plain, specialized):
+    block = block_pairs(pairs, experts, plain, specialized)
+    assert block <= block_pairs(2 * pairs, experts, plain, specialized)
+    assert block in (16, 32, 64, 128, 256 if plain or specialized else 128)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import mx_kernels as mk
 import mx_quant as mq
 from mx_moe import EXPERT_CLASSES, Capability, EmulationExperts, ReferenceExperts, Router, Routing, make_experts
+from mx_moe.experts.rebased import rows_per_block
 
 SWIGLU_OAI = {"alpha": 1.702, "beta": 1.0, "limit": 7.0}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}
@@ -421,6 +422,27 @@ def test_classes_are_named_after_backends() -> None:
     assert EXPERT_CLASSES["emulation"] is EmulationExperts
     assert EXPERT_CLASSES["reference"] is ReferenceExperts
     assert list(EXPERT_CLASSES) == ["native", "rebased", "fused", "emulation", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "pairs", "fmt", "promote", "rows"),
+    [  # the fastest measured on an H100 (docs/performance.md)
+        ((128, 5760, 2880), 4096, mk.MXFP4, False, 64),
+        ((128, 1536, 2048), 8192, mk.MXFP4, False, 64),
+        ((128, 1536, 2048), 8192, mk.MXFP4, True, 64),
+        ((128, 1536, 2048), 32768, mk.MXFP4, False, 128),
+        ((8, 28672, 4096), 512, mk.MXFP4, False, 128),
+        ((8, 28672, 4096), 512, mk.MXFP8, False, 64),
+        ((8, 28672, 4096), 2048, mk.MXFP8, False, 128),
+        ((128, 5760, 2880), 64, mk.MXFP4, False, 16),
+    ],
+)
+def test_rebased_blocks_where_they_were_measured(shape, pairs, fmt, promote, rows):
+    octaves = torch.empty(0, dtype=torch.uint8) if fmt is mk.MXFP4 else None
+    w = mk.RebasedWeight(
+        torch.empty(0), octaves, torch.empty(shape[:2], device="meta"), torch.Size(shape), fmt, True, 0.0, 0.0
+    )
+    assert rows_per_block(pairs, w, promote) == rows
 
 
 @pytest.mark.gpu

@@ -102,6 +102,7 @@ def _loader(
     BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
     WIDE: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
+    """The warpgroup that loads: all tiles of the program, as many pairs of a block as it has, rounded up to a level."""
     blocks = gl.load(num_padded) // BM
     tiles = gl.cdiv(strips * 16, ROWS)
     it = 0
@@ -164,7 +165,7 @@ def _scales(words, second, BLOCK: gl.constexpr):
 def _weights(w, low, high, KIND: gl.constexpr):
     """Words [T, S, 128] of codes and of scales of their rows (the strip's upper and lower eight) -> bf16 [16 S, 64].
 
-    ``numerics.decode_*`` and the multiplication by the scales, in pairs of columns.
+    ``numerics.decode_*`` with the multiplication by the scales: LLVM would pair rows for it, whose halves then have to be sorted.
     """
     if KIND == "e2m1":
         a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
@@ -352,40 +353,9 @@ def _store(
     if N > 64:
         a, b = gl.split(acc.reshape([64, 2, N // 2]).permute([0, 2, 1]))
         args = (pairs, n, scale, row0, act_alpha, act_beta, act_limit)
-        _store(
-            a,
-            y,
-            sorted_ids,
-            bias,
-            row_weight,
-            first,
-            *args,
-            GATED,
-            INTERLEAVED,
-            ACT,
-            LIMIT,
-            HAS_ALPHA,
-            HAS_BIAS,
-            HAS_WEIGHT,
-            WIDE,
-        )
-        _store(
-            b,
-            y,
-            sorted_ids,
-            bias,
-            row_weight,
-            first + N // 2,
-            *args,
-            GATED,
-            INTERLEAVED,
-            ACT,
-            LIMIT,
-            HAS_ALPHA,
-            HAS_BIAS,
-            HAS_WEIGHT,
-            WIDE,
-        )
+        to = (y, sorted_ids, bias, row_weight)
+        _store(a, *to, first, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+        _store(b, *to, first + N // 2, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
     else:
         MEET: gl.constexpr = GATED and ACT != ""
         J: gl.constexpr = 32 if MEET else 64
@@ -448,6 +418,7 @@ def _consumer(
     STAGES: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr,
     HAS_ALPHA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
+    """A warpgroup that multiplies: weight rows HALF * 64 to HALF * 64 + 63 of the same tiles."""
     blocks = gl.load(num_padded) // BM
     tiles = gl.cdiv(strips * 16, ROWS)
     it = 0

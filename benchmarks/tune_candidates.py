@@ -48,7 +48,7 @@ def problem_of(shape: Shape, fmt: str, tokens: int, gemm: int) -> Problem:
 def model(shape: Shape, fmt: str, tokens: int, units: int) -> tuple[int, dict[int, Config]]:
     """(pairs of a block, configurations of both GEMMs) that the model takes, measured rows apart."""
     problems = {g: problem_of(shape, fmt, tokens, g) for g in (1, 2)}
-    wide = fmt != "bf16" and tuned.specializes(torch.device("cuda", 0))
+    wide = fmt != "bf16" and tuned.wgmma(torch.device("cuda", 0))
     block = 16 if tokens * shape.top_k <= 64 else tuned.model_block(problems[1], wide)
     return block, {g: choose_config(p, block, units, specialized=wide) for g, p in problems.items()}
 
@@ -107,7 +107,7 @@ def candidates(fmt: str, pairs: int, experts: int, which: str) -> list[Config]:
             out.append(Config(256, 128, step, 8, stages, group=group, levels=3, mask=mask))
     if "steps" in sets:
         out += steps(fmt, pairs, each)
-    if "specialized" in sets and each >= 192 and not plain and tuned.specializes(torch.device("cuda", 0)):
+    if "specialized" in sets and each >= 192 and not plain and tuned.wgmma(torch.device("cuda", 0)):
         for stages, group in itertools.product((4, 5), (1, 4, 8)):
             out.append(Config(256, 128, 64, 4, stages, group=group, specialized=True))
     return out

@@ -127,12 +127,11 @@ def specialized() -> None:
         return
     kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
     config = Config(256, 128, 64, 4, 4, group=2, specialized=True)
-    x, ids = normal(900, 160), routed(900)
-    for fmt in (mk.MXFP8, mk.MXFP4, mk.NVFP4):
-        p = mk.pack(mk.quantize(normal(EXPERTS, 272, 192 if fmt.element.bits == 4 else 160), fmt), gated=True)
-        tiles = mk.moe_align_block_size(ids, 256, EXPERTS, sort=True)
-        rows = x if p.shape[-1] == 160 else normal(900, 192)
-        args = flat_product(rows, p, tiles, TOP_K, mk.Epilogue(activation=SWIGLU_OAI), None, torch.bfloat16)
+    ids = routed(900)
+    tiles = mk.moe_align_block_size(ids, 256, EXPERTS, sort=True)
+    for fmt, k in ((mk.MXFP8, 160), (mk.MXFP4, 192), (mk.NVFP4, 192)):
+        p = mk.pack(mk.quantize(normal(EXPERTS, 272, k), fmt), gated=True)
+        args = flat_product(normal(900, k), p, tiles, TOP_K, mk.Epilogue(activation=SWIGLU_OAI), None, torch.bfloat16)
         finite(kernel.grouped_gemm_packed(*args, config)[((ids >= 0) & (ids < EXPERTS)).flatten()])
 
 

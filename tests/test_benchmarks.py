@@ -187,3 +187,22 @@ def test_routings(bench):
     assert hits["one-hot"] == 8 < hits["zipf:3"] < hits["zipf"] < hits["uniform"]
     with pytest.raises(ValueError, match="needs uniform, zipf"):
         cases.routing(shape, 4, 0, "even", "cpu")
+
+
+def test_tune_tries_warps_that_specialize_where_there_are_any(bench, monkeypatch):
+    """Only with warpgroup products, quantized weights and many pairs an expert; the model's choice and its neighbours too."""
+    candidates, cases = bench("tune_candidates"), bench("cases")
+    shape = cases.find_shape("mixtral-8x7b")
+    for there in (True, False):
+        monkeypatch.setattr(candidates.tuned, "wgmma", lambda device, there=there: there)
+        for fmt, tokens, some in (
+            ("mxfp8", 4096, True),
+            ("mxfp4", 1024, True),
+            ("mxfp8", 64, False),
+            ("bf16", 4096, False),
+        ):
+            jobs = candidates.jobs(shape, fmt, [tokens], "near,specialized", 132)
+            assert any(j.config.specialized for j in jobs) == (there and some)
+            assert all(j.block == 256 for j in jobs if j.config.specialized)
+        block, chosen = candidates.model(shape, "mxfp8", 4096, 132)
+        assert (block, chosen[1].specialized) == ((256, True) if there else (128, False))

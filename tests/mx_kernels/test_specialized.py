@@ -50,12 +50,12 @@ def test_only_where_the_device_has_warpgroup_products(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         monkeypatch.setattr(tuned, "place", lambda device: ("", 0))
-        tuned.specializes.cache_clear()
+        tuned.wgmma.cache_clear()
         tuned._row.cache_clear()
         assert tuned.block_for(p, torch.device("cuda", 0)) == want
-    tuned.specializes.cache_clear()
+    tuned.wgmma.cache_clear()
     tuned._row.cache_clear()
-    assert not tuned.specializes(torch.device("cpu"))
+    assert not tuned.wgmma(torch.device("cpu"))
 
 
 def meta_product(kernel, monkeypatch, f, k, act, config=None, *, pairs=8192, block=256, out=torch.bfloat16, **epilogue):

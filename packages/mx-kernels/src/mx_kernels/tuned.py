@@ -156,17 +156,17 @@ def block_for(p: Problem, device: torch.device) -> int:
     Rows are passed over while tracing, where the number of pairs may be a symbol.
     """
     row = None if torch.compiler.is_compiling() or not ROWS else _row(p, device)
-    return model_block(p, specializes(device)) if row is None else row.block
+    return model_block(p, wgmma(device)) if row is None else row.block
 
 
 def model_block(p: Problem, specialized: bool = False) -> int:
-    """The model's block size. specialized: on a device that ``specializes``."""
+    """The model's block size. specialized: on a device with ``wgmma``."""
     return block_pairs(p.num_pairs, p.num_experts, p.element == "", specialized)
 
 
 @functools.cache
-def specializes(device: torch.device) -> bool:
-    """Whether a device has warpgroup products, which ``kernels/specialized.py`` is made of: NVIDIA's sm_90."""
+def wgmma(device: torch.device) -> bool:
+    """Whether a device has warpgroup products: NVIDIA's sm_90."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(device)[0] == 9

@@ -10,8 +10,8 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   go to the tensor cores as they are: there fewer bytes from the second-level cache count, so from r = 96 on one program
   takes 256 pairs.
 - From r = 768 on and over long rows (K), where a device has warpgroup products (sm_90), warps that only load feed warps that only
-  decode and multiply (``kernels/specialized.py``), in blocks of 256 pairs: up to 10% faster than two programs a multiprocessor.
-  With fewer pairs the last block of an expert, which is as slow as a full one, takes more than that back (r = 512).
+  decode and multiply (``kernels/specialized.py``), in blocks of 256 pairs: a layer was up to 13% faster than with two programs a
+  multiprocessor. At r = 512 it was slower, presumably for the last block of an expert; between the two nothing was measured.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together.
 
 The thresholds were measured on an NVIDIA H200, those of steps of 64 columns and of 256 pairs on an H100 (r = 96 lies between the

@@ -35,18 +35,34 @@ def _gate(g, alpha, KIND: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def gated(g, u, alpha, beta, limit, KIND: tl.constexpr, LIMIT: tl.constexpr, ASM: tl.constexpr):
+    """The activation of gates and the ups that they meet, float32 of any shape."""
+    if LIMIT:
+        g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.minimum(u, limit, propagate_nan=tl.PropagateNan.ALL)
+    if KIND == "swiglu_oai":
+        u = u + beta
+    return _gate(g, alpha, KIND, ASM) * u
+
+
+@triton.jit
+def gate_and_up(j, half, INTERLEAVED: tl.constexpr):
+    """Where the weight, and so its bias, has the gate and the up of output column j."""
+    if INTERLEAVED:
+        return 2 * j, 2 * j + 1
+    else:
+        return j, half + j
+
+
+@triton.jit
 def outputs(row0, n, N: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr):
     """(output column, whether there is one, bias of the gate or row, bias of the up): int32, for the N rows at ``row0``."""
     half = n // 2
     if GATED and ACT != "":  # a gate and an up make one output
         j = row0 // 2 + tl.arange(0, N // 2)
         inside = j < half
-        if INTERLEAVED:
-            i0 = 2 * j
-            i1 = 2 * j + 1
-        else:
-            i0 = j
-            i1 = half + j
+        i0, i1 = gate_and_up(j, half, INTERLEAVED)
     elif GATED:  # no activation: rows go back to where the weight had them
         row = row0 + tl.arange(0, N)
         index = row // 16 * 8 + row % 8
@@ -95,13 +111,7 @@ def _finish(
         if HAS_BIAS:
             g += b0[:, None]
             u += b1[:, None]
-        if LIMIT:
-            g = tl.minimum(g, act_limit, propagate_nan=tl.PropagateNan.ALL)
-            u = tl.maximum(u, -act_limit, propagate_nan=tl.PropagateNan.ALL)
-            u = tl.minimum(u, act_limit, propagate_nan=tl.PropagateNan.ALL)
-        if ACT == "swiglu_oai":
-            u = u + act_beta
-        o = _gate(g, act_alpha, ACT, ASM) * u
+        o = gated(g, u, act_alpha, act_beta, act_limit, ACT, LIMIT, ASM)
     else:
         o = acc
         if HAS_BIAS:

@@ -431,14 +431,17 @@ def _plan(
     served = kind != "" and route == SORTED.value and block == 256 and count == 1 and tail < 2 and strips >= 8
     served = wgmma and served and round_to == "" and (act != "") == w_gated
     if config is not None and config.specialized and not served:
-        raise ValueError("this product is none that specialized.py serves")
+        raise ValueError(
+            "a specialized configuration serves quantized weights of 128 rows and more, bf16 x, whole K tiles, sorted blocks of 256 pairs, "
+            "gates exactly with an activation and results that are not rounded, on sm_90: give this product another one"
+        )
     c = config or config_for(problem, block, device, units, shared, served)
     if c.specialized:
         from .specialized import _grouped_gemm_specialized_kernel
 
         sizes = (experts, n, k, strips, *strides, stride[-2], num_pairs, c.group, alpha, beta, limit)
         constants = (
-            *(c.pairs, kind, problem.block, tail, c.stages, w_gated, w_layout == "interleaved", act, limit != math.inf),
+            *(c.pairs, kind, problem.block, tail, c.stages, w_layout == "interleaved", act, limit != math.inf),
             *(not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, takes_registers(), *ROLES),
         )
         programs, options = min(units, blocks * -(-strips // 8)), {"num_warps": c.warps}

@@ -18,6 +18,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..tuned import wgmma
+
 
 @dataclass(frozen=True)
 class Target:
@@ -42,7 +44,7 @@ def target(device: torch.device) -> Target:
     units = getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
-    return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0), capability[0] == 9)
+    return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0), wgmma(device))
 
 
 @functools.cache

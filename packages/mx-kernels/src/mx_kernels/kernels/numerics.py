@@ -10,91 +10,79 @@ Tiles: T K tiles, S strips of 16 rows, 128 words each. g, c: a thread's place in
 import triton
 import triton.language as tl
 
+_PAIRS = {  # of a word W, scratch t and u: what leaves two neighbours of a row in v, for rows g and g + 8 in turn
+    "e2m1": (  # nine integer operations for eight codes
+        "and.b32 v, W, 0x81C081C0;",
+        "shf.r.wrap.b32 t, W, W, 6; and.b32 v, t, 0x81C081C0;",
+        "shf.r.wrap.b32 t, W, W, 12; and.b32 v, t, 0x81C081C0;",
+        "shf.r.wrap.b32 t, W, W, 2; shl.b32 u, W, 6; and.b32 u, u, 0x00400040; lop3.b32 v, t, 0x81808180, u, 0xEA;",
+    ),
+    "e4m3": (  # five for four
+        "and.b32 v, W, 0x87F087F0;",
+        "shf.r.wrap.b32 t, W, W, 4; shl.b32 u, W, 4; and.b32 u, u, 0x00700070; lop3.b32 v, t, 0x87808780, u, 0xEA;",
+    ),
+    "e5m2": (  # seven for four
+        "shr.b32 t, W, 3; and.b32 t, t, 0x0FE00FE0; lop3.b32 v, W, 0x80008000, t, 0xEA;",
+        "shl.b32 u, W, 8; shl.b32 t, W, 5; and.b32 t, t, 0x0FE00FE0; lop3.b32 v, u, 0x80008000, t, 0xEA;",
+    ),
+}
+
+
+def _decoding(kind: str, scaled: bool) -> str:
+    """The assembly whose results are a word's codes as bf16; operands after them: the word, and where ``scaled`` the scales of rows g
+    and of rows g + 8 that it multiplies by, each twice in 32 bits."""
+    pairs = _PAIRS[kind]
+    word = 2 * len(pairs)
+    lines = ["{ .reg .b32 t, u, v;"]
+    for i, pair in enumerate(pairs):
+        lines.append(pair.replace("W", f"${word}"))
+        if scaled:
+            lines.append(f"mul.rn.bf16x2 v, v, ${word + 1 + i % 2};")
+        lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, v;")
+    return "\n".join((*lines, "}"))
+
+
+E2M1, E4M3, E5M2 = (tl.constexpr(_decoding(kind, False)) for kind in _PAIRS)
+SCALED_E2M1, SCALED_E4M3, SCALED_E5M2 = (tl.constexpr(_decoding(kind, True)) for kind in _PAIRS)
+
 
 @triton.jit
 def decode_e2m1(w):  # int32 [T, S, 128] -> bf16 [16 S, 64 T], values * 2^-126
-    """Nine integer operations for eight codes."""
     a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t, u, v;
-        and.b32 v, $8, 0x81C081C0;
-        mov.b32 {$0, $1}, v;
-        shf.r.wrap.b32 t, $8, $8, 6;
-        and.b32 v, t, 0x81C081C0;
-        mov.b32 {$2, $3}, v;
-        shf.r.wrap.b32 t, $8, $8, 12;
-        and.b32 v, t, 0x81C081C0;
-        mov.b32 {$4, $5}, v;
-        shf.r.wrap.b32 t, $8, $8, 2;
-        shl.b32 u, $8, 6;
-        and.b32 u, u, 0x00400040;
-        lop3.b32 v, t, 0x81808180, u, 0xEA;
-        mov.b32 {$6, $7}, v;
-        }
-        """,
+        E2M1,
         "=h,=h,=h,=h,=h,=h,=h,=h,r",
         [w],
         dtype=(tl.bfloat16,) * 8,
         is_pure=True,
         pack=1,
     )
-    even = tl.join(tl.join(a, e), tl.join(c, g))  # .. k half, row half
-    v = tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))  # .. parity
-    v = v.reshape(w.shape[0], w.shape[1], 8, 4, 4, 2, 2, 2)  # .. g, c, step, k half, row half, parity
-    return v.trans(1, 6, 2, 0, 4, 5, 3, 7).reshape(w.shape[1] * 16, w.shape[0] * 64)
+    return word_tile(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
 def decode_e4m3(w):  # int32 [T, S, 128] -> bf16 [16 S, 32 T], values * 2^-120
-    """Five integer operations for four codes."""
     a, b, c, d = tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t, u, v;
-        and.b32 v, $4, 0x87F087F0;
-        mov.b32 {$0, $1}, v;
-        shf.r.wrap.b32 t, $4, $4, 4;
-        shl.b32 u, $4, 4;
-        and.b32 u, u, 0x00700070;
-        lop3.b32 v, t, 0x87808780, u, 0xEA;
-        mov.b32 {$2, $3}, v;
-        }
-        """,
+        E4M3,
         "=h,=h,=h,=h,r",
         [w],
         dtype=(tl.bfloat16,) * 4,
         is_pure=True,
         pack=1,
     )
-    return _byte_tile(a, b, c, d)
+    return byte_tile(a, b, c, d)
 
 
 @triton.jit
 def decode_e5m2(w):  # int32 [T, S, 128] -> bf16 [16 S, 32 T], values * 2^-112
-    """Seven integer operations for four codes."""
     a, b, c, d = tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 t, u, v;
-        shr.b32 t, $4, 3;
-        and.b32 t, t, 0x0FE00FE0;
-        lop3.b32 v, $4, 0x80008000, t, 0xEA;
-        mov.b32 {$0, $1}, v;
-        shl.b32 u, $4, 8;
-        shl.b32 t, $4, 5;
-        and.b32 t, t, 0x0FE00FE0;
-        lop3.b32 v, u, 0x80008000, t, 0xEA;
-        mov.b32 {$2, $3}, v;
-        }
-        """,
+        E5M2,
         "=h,=h,=h,=h,r",
         [w],
         dtype=(tl.bfloat16,) * 4,
         is_pure=True,
         pack=1,
     )
-    return _byte_tile(a, b, c, d)
+    return byte_tile(a, b, c, d)
 
 
 @triton.jit
@@ -159,7 +147,15 @@ def decode_e5m3(s):  # uint8 [N, B] -> bf16 [N, B], NVFP4's scales * 2^119
 
 
 @triton.jit
-def _byte_tile(a, b, c, d):  # (row half, parity) 00, 01, 10, 11, each [T, S, 128] -> [16 S, 32 T]
+def word_tile(a, b, c, d, e, f, g, h):  # (k half, row half, parity) 000, 001 .. 111, each [T, S, 128] -> [16 S, 64 T]
+    even = tl.join(tl.join(a, e), tl.join(c, g))  # .. k half, row half
+    v = tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))  # .. parity
+    v = v.reshape(a.shape[0], a.shape[1], 8, 4, 4, 2, 2, 2)  # .. g, c, step, k half, row half, parity
+    return v.trans(1, 6, 2, 0, 4, 5, 3, 7).reshape(a.shape[1] * 16, a.shape[0] * 64)
+
+
+@triton.jit
+def byte_tile(a, b, c, d):  # (row half, parity) 00, 01, 10, 11, each [T, S, 128] -> [16 S, 32 T]
     t = tl.join(tl.join(a, c), tl.join(b, d))
     t = t.reshape(a.shape[0], a.shape[1], 8, 4, 2, 2, 2, 2)  # .. g, c, step, k half, row half, parity
     return t.trans(1, 6, 2, 0, 4, 5, 3, 7).reshape(a.shape[1] * 16, a.shape[0] * 32)

@@ -409,15 +409,16 @@ def grouped_gemm_rebased(
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
     split = c.pop("SPLIT", 0) or _split_of(n, k, experts, num_pairs, bn, bk, x.device)
     slots = -(-tiles // group) * group * -(-n // bn)
-    partial = torch.empty(slots * split * block_m * bn if split > 1 else 0, device=x.device)
-    counter = counters(x.device, slots) if split > 1 else sorted_ids
+    partial, counter = y, sorted_ids
+    if split > 1:
+        partial, counter = torch.empty(slots * split * block_m * bn, device=x.device), counters(x.device, slots)
     grid = (slots * split,)
     weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk])
     launch(
         _grouped_gemm_rebased_kernel, grid, x.device,
         TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
         x_scale, w_scale, y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
-        row_weight if row_weight is not None else y, partial if split > 1 else y, counter, num_pairs, n, n_out,
+        row_weight if row_weight is not None else y, partial, counter, num_pairs, n, n_out,
         K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SPLIT=split, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
         DRAIN=wgmma and takes_registers(),
         BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, QUANTIZE=quantize,

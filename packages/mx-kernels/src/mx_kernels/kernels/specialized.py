@@ -10,7 +10,6 @@ still multiplies. ``packing.py`` has the layout of the codes; letters as in ``gr
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .epilogue import _gate
-from .numerics import _byte_tile
+from .epilogue import gate_and_up, gated
+from .numerics import SCALED_E2M1, SCALED_E4M3, SCALED_E5M2, byte_tile, word_tile
 
 # Names that changed after Triton 3.6.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -169,78 +168,17 @@ def _weights(w, low, high, KIND: gl.constexpr):
     """
     if KIND == "e2m1":
         a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t, u, v;
-            and.b32 v, $8, 0x81C081C0;
-            mul.rn.bf16x2 v, v, $9;
-            mov.b32 {$0, $1}, v;
-            shf.r.wrap.b32 t, $8, $8, 6;
-            and.b32 v, t, 0x81C081C0;
-            mul.rn.bf16x2 v, v, $10;
-            mov.b32 {$2, $3}, v;
-            shf.r.wrap.b32 t, $8, $8, 12;
-            and.b32 v, t, 0x81C081C0;
-            mul.rn.bf16x2 v, v, $9;
-            mov.b32 {$4, $5}, v;
-            shf.r.wrap.b32 t, $8, $8, 2;
-            shl.b32 u, $8, 6;
-            and.b32 u, u, 0x00400040;
-            lop3.b32 v, t, 0x81808180, u, 0xEA;
-            mul.rn.bf16x2 v, v, $10;
-            mov.b32 {$6, $7}, v;
-            }
-            """,
-            "=&h,=&h,=&h,=&h,=&h,=&h,=h,=h,r,r,r", [w, low, high],
+            SCALED_E2M1, "=&h,=&h,=&h,=&h,=&h,=&h,=h,=h,r,r,r", [w, low, high],
             dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
             is_pure=True, pack=1,
         )  # fmt: skip
-        even = gl.join(gl.join(a, e), gl.join(c, g))  # .. k half, row half
-        v = gl.join(even, gl.join(gl.join(b, f), gl.join(d, h)))  # .. parity
-        v = v.reshape([w.shape[0], w.shape[1], 8, 4, 4, 2, 2, 2])  # .. g, c, step, k half, row half, parity
-        return v.permute([1, 6, 2, 0, 4, 5, 3, 7]).reshape([w.shape[1] * 16, 64])
-    elif KIND == "e4m3":
-        a, b, c, d = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t, u, v;
-            and.b32 v, $4, 0x87F087F0;
-            mul.rn.bf16x2 v, v, $5;
-            mov.b32 {$0, $1}, v;
-            shf.r.wrap.b32 t, $4, $4, 4;
-            shl.b32 u, $4, 4;
-            and.b32 u, u, 0x00700070;
-            lop3.b32 v, t, 0x87808780, u, 0xEA;
-            mul.rn.bf16x2 v, v, $6;
-            mov.b32 {$2, $3}, v;
-            }
-            """,
-            "=&h,=&h,=h,=h,r,r,r", [w, low, high],
-            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1,
-        )  # fmt: skip
-        return _byte_tile(a, b, c, d)
+        return word_tile(a, b, c, d, e, f, g, h)
     else:
         a, b, c, d = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 t, u, v;
-            shr.b32 t, $4, 3;
-            and.b32 t, t, 0x0FE00FE0;
-            lop3.b32 v, $4, 0x80008000, t, 0xEA;
-            mul.rn.bf16x2 v, v, $5;
-            mov.b32 {$0, $1}, v;
-            shl.b32 u, $4, 8;
-            shl.b32 t, $4, 5;
-            and.b32 t, t, 0x0FE00FE0;
-            lop3.b32 v, u, 0x80008000, t, 0xEA;
-            mul.rn.bf16x2 v, v, $6;
-            mov.b32 {$2, $3}, v;
-            }
-            """,
-            "=&h,=&h,=h,=h,r,r,r", [w, low, high],
+            SCALED_E4M3 if KIND == "e4m3" else SCALED_E5M2, "=&h,=&h,=h,=h,r,r,r", [w, low, high],
             dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=1,
         )  # fmt: skip
-        return _byte_tile(a, b, c, d)
+        return byte_tile(a, b, c, d)
 
 
 @gluon.jit
@@ -345,7 +283,7 @@ def _tile(
 @gluon.jit
 def _store(
     acc, y, sorted_ids, bias, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
-    GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
+    INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Epilogue and store of the warpgroup's sums, 64 pairs after 64 (``epilogue.py`` has the formulas)."""
@@ -354,10 +292,10 @@ def _store(
         a, b = gl.split(acc.reshape([64, 2, N // 2]).permute([0, 2, 1]))
         args = (pairs, n, scale, row0, act_alpha, act_beta, act_limit)
         to = (y, sorted_ids, bias, row_weight)
-        _store(a, *to, first, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
-        _store(b, *to, first + N // 2, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+        _store(a, *to, first, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+        _store(b, *to, first + N // 2, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
     else:
-        MEET: gl.constexpr = GATED and ACT != ""
+        MEET: gl.constexpr = ACT != ""
         J: gl.constexpr = 32 if MEET else 64
         if MEET:
             OUT: gl.constexpr = gl.DistributedLinearLayout(
@@ -377,21 +315,10 @@ def _store(
             if HAS_BIAS:
                 j += row0 // 2
                 inside = j < n // 2
-                if INTERLEAVED:
-                    i0 = 2 * j
-                    i1 = 2 * j + 1
-                else:
-                    i0 = j
-                    i1 = n // 2 + j
+                i0, i1 = gate_and_up(j, n // 2, INTERLEAVED)
                 g += gl.load(bias + i0, mask=inside, other=0.0).to(gl.float32)[:, None]
                 u += gl.load(bias + i1, mask=inside, other=0.0).to(gl.float32)[:, None]
-            if LIMIT:
-                g = gl.minimum(g, act_limit, propagate_nan=tl.PropagateNan.ALL)
-                u = gl.maximum(u, -act_limit, propagate_nan=tl.PropagateNan.ALL)
-                u = gl.minimum(u, act_limit, propagate_nan=tl.PropagateNan.ALL)
-            if ACT == "swiglu_oai":
-                u = u + act_beta
-            o = _gate(g, act_alpha, ACT, True) * u
+            o = gated(g, u, act_alpha, act_beta, act_limit, ACT, LIMIT, True)
         else:
             o = gl.convert_layout(acc, OUT)
             if HAS_BIAS:
@@ -415,7 +342,7 @@ def _consumer(
     y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
     xs, ws, ss, full, empty,
     HALF: gl.constexpr, BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    STAGES: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr,
+    STAGES: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr,
     HAS_ALPHA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: weight rows HALF * 64 to HALF * 64 + 63 of the same tiles."""
@@ -437,13 +364,13 @@ def _consumer(
             )  # fmt: skip
             if gl.load(sorted_ids + first + BM // 2) < pairs:
                 acc, it = _tile(ring, it, k, HALF, BM, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(acc, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+                _store(acc, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
             elif gl.load(sorted_ids + first + BM // 4) < pairs:
                 half, it = _tile(ring, it, k, HALF, BM // 2, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(half, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+                _store(half, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
             else:
                 quarter, it = _tile(ring, it, k, HALF, BM // 4, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(quarter, *args, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+                _store(quarter, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
 
 
 @gluon.jit(do_not_specialize=["experts", "pairs", "group", "act_alpha", "act_beta", "act_limit"])
@@ -451,11 +378,14 @@ def _grouped_gemm_specialized_kernel(
     x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,
     experts, n, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group, act_alpha, act_beta, act_limit,
     BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
-    GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
+    INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TOP_K: gl.constexpr, KEEP: gl.constexpr,
     PRODUCT_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; blocks of BM pairs. ``partial`` and ``counter`` are not used."""
+    """x [M, K]; w, s: packed, gates and ups where there is an activation; y [P, N_out]; bias [E, n]; blocks of BM pairs.
+
+    ``partial`` and ``counter`` are not used: what launches takes the tensors of either kernel.
+    """
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], gl.NVMMASharedLayout(128, 16, 2))
     T: gl.constexpr = 1 if KIND == "e2m1" else 2
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, T, ROWS // 16, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
@@ -470,12 +400,12 @@ def _grouped_gemm_specialized_kernel(
             (_consumer, (
                 y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group,
                 act_alpha, act_beta, act_limit, xs, ws, ss, full, empty,
-                0, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP,
+                0, BM, KIND, BLOCK, TAIL, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP,
             )),
             (_consumer, (
                 y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group,
                 act_alpha, act_beta, act_limit, xs, ws, ss, full, empty,
-                1, BM, KIND, BLOCK, TAIL, STAGES, GATED, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP,
+                1, BM, KIND, BLOCK, TAIL, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP,
             )),
             (_loader, (
                 x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride,

@@ -118,6 +118,6 @@ def rows_per_block(pairs: int, w13: mk.RebasedWeight, promote: bool = False) -> 
     experts, n, k = w13.shape
     full = 96
     if w13.octaves is not None:
-        full = 192 if promote else 48 if n * k > 48e6 else 96
+        full = 192 if promote else 48 if n * k / 2 > 24e6 else 96
     mean = pairs / experts
     return 128 if mean > full else 64 if mean > 20 else 32 if mean > 10 else 16

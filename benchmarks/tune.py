@@ -21,14 +21,14 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import FORMATS, Shape, describe, find_shape, routing
 from torch import Tensor
-from tune_candidates import SETS, Job, jobs, model, problem_of, short, size_of
+from tune_candidates import SETS, Job, jobs, model, problem_of, short, size_of, slots
 from tune_rows import merge, render, row_of
 
 import mx_kernels as mk
@@ -79,6 +79,9 @@ class Operands:
     h: Tensor  # [P, I]
     biases: tuple[Tensor | None, Tensor | None]
     weight: Tensor  # [P]
+    slots: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # h in slot order, by alignment: a layer's GEMM 1 stores it so
 
     @staticmethod
     def make(shape: Shape, tokens: int, device: str) -> Operands:
@@ -99,14 +102,21 @@ class Operands:
         return Operands(x, h, biases, torch.ones(pairs, device=device))
 
     def product(self, job_gemm: int, shape: Shape, w: PackedWeight, tiles: mk.Alignment, c: Config) -> Tensor:
-        """``packed_product`` with a given configuration."""
+        """``packed_product`` with a given configuration, of rows in slot order where a layer has them so: GEMM 1's are gathered."""
         import mx_kernels.kernels.grouped_gemm as kernel
 
+        boxed = c.specialized and slots(w.problem(tiles.num_pairs, shape.experts), job_gemm)
         if job_gemm == 1:
             epilogue = mk.Epilogue(self.biases[0], shape.activation)
-            args = flat_product(self.x, w, tiles, shape.top_k, epilogue, None, torch.bfloat16)
+            x = mk.gather_rows(self.x, tiles, top_k=shape.top_k) if boxed else self.x
+            args = flat_product(x, w, tiles, 0 if boxed else shape.top_k, epilogue, None, torch.bfloat16)
         else:
-            args = flat_product(self.h, w, tiles, 1, mk.Epilogue(self.biases[1]), self.weight, torch.bfloat16)
+            if boxed and id(tiles) not in self.slots:
+                self.slots[id(tiles)] = mk.gather_rows(self.h, tiles)
+            h = self.slots[id(tiles)] if boxed else self.h
+            args = flat_product(
+                h, w, tiles, 0 if boxed else 1, mk.Epilogue(self.biases[1]), self.weight, torch.bfloat16
+            )
         out: Tensor = kernel.grouped_gemm_packed(*args, c)
         return out
 
@@ -150,6 +160,7 @@ def compile_one(job: Job) -> str | None:
         triton.runtime.driver.set_active(Offline())
 
     def warm(plan: Any, tensors: Any) -> None:
+        tensors = kernel.boxed(tensors, plan.boxes)
         plan.kernel.warmup(*tensors, *plan.sizes, *plan.constants, grid=(1,), **plan.options)
 
     kernel._launch = warm

@@ -10,7 +10,7 @@ from cases import Shape
 
 import mx_kernels as mk
 from mx_kernels import tuned
-from mx_kernels.tuning import Config, Problem, choose_config
+from mx_kernels.tuning import GATHERED, Config, Problem, choose_config, specialized_from
 
 SETS = "near,decode,split,mid,prefill,wide,steps,specialized"
 SHARED = 232448  # bytes of shared memory of a program on sm_90
@@ -48,9 +48,14 @@ def problem_of(shape: Shape, fmt: str, tokens: int, gemm: int) -> Problem:
 def model(shape: Shape, fmt: str, tokens: int, units: int) -> tuple[int, dict[int, Config]]:
     """(pairs of a block, configurations of both GEMMs) that the model takes, measured rows apart."""
     problems = {g: problem_of(shape, fmt, tokens, g) for g in (1, 2)}
-    wide = fmt != "bf16" and tuned.wgmma(torch.device("cuda", 0))
+    wide = tuned.wgmma(torch.device("cuda", 0))
     block = 16 if tokens * shape.top_k <= 64 else tuned.model_block(problems[1], wide)
-    return block, {g: choose_config(p, block, units, specialized=wide) for g, p in problems.items()}
+    return block, {g: choose_config(p, block, units, specialized=wide, slots=slots(p, g)) for g, p in problems.items()}
+
+
+def slots(p: Problem, gemm: int) -> bool:
+    """Whether a layer multiplies rows in slot order in this GEMM, wherever that is served and faster."""
+    return specialized_from(p, True) > 0 and (gemm == 2 or p.n >= GATHERED)
 
 
 def near(c: Config, pairs: int) -> list[Config]:
@@ -107,8 +112,8 @@ def candidates(fmt: str, pairs: int, experts: int, which: str) -> list[Config]:
             out.append(Config(256, 128, step, 8, stages, group=group, levels=3, mask=mask))
     if "steps" in sets:
         out += steps(fmt, pairs, each)
-    if "specialized" in sets and each >= 192 and not plain and tuned.wgmma(torch.device("cuda", 0)):
-        for stages, group in itertools.product((4, 5), (1, 4, 8)):
+    if "specialized" in sets and each >= 192 and tuned.wgmma(torch.device("cuda", 0)):
+        for stages, group in itertools.product((4,) if plain else (4, 5), (1, 4, 8)):
             out.append(Config(256, 128, 64, 4, stages, group=group, specialized=True))
     return out
 

@@ -129,10 +129,21 @@ def specialized() -> None:
     config = Config(256, 128, 64, 4, 4, group=2, specialized=True)
     ids = routed(900)
     tiles = mk.moe_align_block_size(ids, 256, EXPERTS, sort=True)
-    for fmt, k in ((mk.MXFP8, 160), (mk.MXFP4, 192), (mk.NVFP4, 192)):
-        p = mk.pack(mk.quantize(normal(EXPERTS, 272, k), fmt), gated=True)
-        args = flat_product(normal(900, k), p, tiles, TOP_K, mk.Epilogue(activation=SWIGLU_OAI), None, torch.bfloat16)
-        finite(kernel.grouped_gemm_packed(*args, config)[((ids >= 0) & (ids < EXPERTS)).flatten()])
+    live = ((ids >= 0) & (ids < EXPERTS)).flatten()
+    epilogue = mk.Epilogue(activation=SWIGLU_OAI)
+    for fmt, k in ((mk.MXFP8, 160), (mk.MXFP4, 192), (mk.NVFP4, 192), (None, 192)):
+        w, x = normal(EXPERTS, 272, k), normal(900, k)
+        p = mk.pack(w if fmt is None else mk.quantize(w, fmt), gated=True)
+        if fmt is not None:
+            args = flat_product(x, p, tiles, TOP_K, epilogue, None, torch.bfloat16)
+            finite(kernel.grouped_gemm_packed(*args, config)[live])
+        with filled_memory():
+            rows = mk.gather_rows(x, tiles, top_k=TOP_K)
+            finite(
+                kernel.grouped_gemm_packed(*flat_product(rows, p, tiles, 0, epilogue, None, torch.bfloat16), config)[
+                    live
+                ]
+            )
 
 
 def at_once(layer: mk.PackedLayer, x: torch.Tensor, ids: torch.Tensor) -> None:
@@ -190,9 +201,9 @@ PARTS = {
     align: {"align": ("_align_kernel", "_count_kernel", "_scan_kernel", "_place_kernel")},
     gemm: {"generic_kernel": ("_gemm_kernel",), "combine": ("_combine_kernel",)},
     packed: {"grouped_gemm": ("_grouped_gemm_packed_kernel",)},
-    specialized: {"specialized": ("_grouped_gemm_specialized_kernel",)},
+    specialized: {"specialized": ("_grouped_gemm_specialized_kernel",), "slots": ("_gather_rows_kernel",)},
     pack: {"packing": ("_pack_codes_kernel", "_pack_scales_kernel", "_unpack_codes_kernel")},
-    rebased: {"rebased": ("_rebase_rows_kernel", "_copy_rows_kernel", "_grouped_gemm_rebased_kernel")},
+    rebased: {"rebased": ("_rebase_rows_kernel", "_grouped_gemm_rebased_kernel")},
 }
 """Part -> module of mx_kernels.kernels -> the kernels that the part is for."""
 

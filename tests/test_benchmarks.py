@@ -190,7 +190,7 @@ def test_routings(bench):
 
 
 def test_tune_tries_warps_that_specialize_where_there_are_any(bench, monkeypatch):
-    """Only with warpgroup products, quantized weights and many pairs an expert; the model's choice and its neighbours too."""
+    """Only with warpgroup products and many pairs an expert; the model's choice and its neighbours too."""
     candidates, cases = bench("tune_candidates"), bench("cases")
     shape = cases.find_shape("mixtral-8x7b")
     for there in (True, False):
@@ -199,7 +199,7 @@ def test_tune_tries_warps_that_specialize_where_there_are_any(bench, monkeypatch
             ("mxfp8", 4096, True),
             ("mxfp4", 1024, True),
             ("mxfp8", 64, False),
-            ("bf16", 4096, False),
+            ("bf16", 4096, True),
         ):
             jobs = candidates.jobs(shape, fmt, [tokens], "near,specialized", 132)
             assert any(j.config.specialized for j in jobs) == (there and some)

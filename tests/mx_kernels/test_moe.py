@@ -19,10 +19,13 @@ def steps(layer, x, ids, weights):
         x = mk.quantize_dequantize(x, layer.inputs)
     rows = mk.block_size(ids.numel(), layer.w13.shape[0], x.device, layer.w13)
     tiles = mk.moe_align_block_size(ids, rows, layer.w13.shape[0], layer.expert_map)
+    gathered, ordered = mk.layer_slots(layer.w13, layer.w2, tiles, plain=layer.inputs is None, ordered=True)
     epilogue = mk.Epilogue(layer.w13_bias, layer.activation, round_to=layer.inputs)
-    h = mk.grouped_gemm(x, layer.w13, tiles, top_k=ids.shape[1], epilogue=epilogue)
-    y = mk.grouped_gemm(h, layer.w2, tiles, epilogue=mk.Epilogue(layer.w2_bias, row_weight=weights))
-    return mk.combine(y, tiles)
+    k = ids.shape[1]
+    x, k = (mk.gather_rows(x, tiles, top_k=k), 1) if gathered else (x, k)
+    h = mk.grouped_gemm(x, layer.w13, tiles, top_k=k, from_slots=gathered, to_slots=ordered, epilogue=epilogue)
+    epilogue = mk.Epilogue(layer.w2_bias, row_weight=weights)
+    return mk.combine(mk.grouped_gemm(h, layer.w2, tiles, from_slots=ordered, epilogue=epilogue), tiles)
 
 
 def make_layer(name="mxfp4", *, bias=True, mapped=False, device="cpu", inputs=None):
@@ -65,7 +68,7 @@ class Ledger:
         from mx_kernels.kernels import moe as kernel
 
         self.calls = []
-        for module in ("align", "combine", "packed_gemm", "moe"):
+        for module in ("align", "combine", "packed_gemm", "moe", "slots"):
             monkeypatch.setattr(importlib.import_module(f"mx_kernels.{module}"), "direct", lambda *tensors: True)
         monkeypatch.setattr(combine_kernel, "target", lambda device: launch.Target(True, True, 132))
         monkeypatch.setattr(importlib.import_module("mx_kernels.align"), "has_triton", lambda: True)
@@ -122,6 +125,40 @@ def test_the_launches_of_the_steps(monkeypatch, tokens, name, mapped, inputs):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("orders", [(True, True), (False, True), (True, False)], ids=str)
+def test_the_launches_of_the_steps_in_slot_order(monkeypatch, orders):
+    """x is gathered where y will lie; h has a row a slot: the same launches with the same numbers, from one workspace."""
+    pytest.importorskip("triton")
+    kernel = importlib.import_module("mx_kernels.kernels.moe")
+    choose = lambda *args, **kwargs: orders  # noqa: E731
+    monkeypatch.setattr(mk, "layer_slots", choose)
+    monkeypatch.setattr(kernel, "layer_slots", choose)
+    monkeypatch.setattr(kernel, "_plans", {})
+    layer, (x, ids, weights) = make_layer(), make_input(3000)
+    ledger = Ledger(monkeypatch)
+    steps(layer, x, ids, weights)
+    want = [run for run, _ in ledger.take()]
+    layer.launch(x, ids, weights)
+    got = ledger.take()
+    assert [run for run, _ in got] == want
+    first, second, total = (places for _, places in got[-3:])
+    assert second[0] == first[3]  # h
+    assert total[0] == second[3]  # y
+    if orders[0]:
+        gather = got[-4][1]
+        assert gather[0] == x.data_ptr()
+        assert gather[1] == first[0] == second[3]
+        assert gather[-2:] == [first[4], first[6]]  # sorted_ids, num_padded
+    capacity = mk.moe_align_block_size(
+        ids, mk.block_size(ids.numel(), E, x.device, layer.w13), E, sort=True
+    ).sorted_ids.numel()
+    plan = kernel._plan(layer, x, ids, weights)
+    rows = [capacity if order else ids.numel() for order in (orders[1], orders[0])]
+    assert plan.offsets[1] >= rows[0] * I * 2
+    assert plan.offsets[2] - plan.offsets[1] >= rows[1] * H * 2
+
+
+@pytest.mark.compile
 def test_parts_of_the_workspace_do_not_overlap(monkeypatch):
     pytest.importorskip("triton")
     from mx_kernels.kernels import moe as kernel
@@ -170,6 +207,34 @@ def test_same_bits(name, mapped, inputs):
             got = layer.launch(x, ids, weights)
             assert got is not None
             assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "tokens"), [("mxfp8_e4m3", 1100), ("mxfp4", 2100), ("nvfp4", 1100), ("bf16", 2100)])
+def test_same_bits_in_slot_order(name, tokens):
+    """Wide weights and many pairs an expert: x is gathered, h kept in slot order, and the copy engine loads both where there is one."""
+    shape = (4, 5632, 2048)
+    w13, w2 = (torch.randn(s, device="cuda").bfloat16() / 45 for s in (shape, (4, 2048, 2816)))
+    if name != "bf16":
+        w13, w2 = mk.quantize(w13, name), mk.quantize(w2, name)
+    layer = mk.PackedLayer(mk.pack(w13, gated=True), mk.pack(w2), OAI, torch.randn(4, 5632, device="cuda"))
+    x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+    ids = torch.rand(tokens, 4, device="cuda").topk(2).indices.int()
+    weights = torch.rand(tokens, 2, device="cuda")
+    rows = mk.block_size(ids.numel(), 4, "cuda", layer.w13)
+    tiles = mk.moe_align_block_size(ids, rows, 4)
+    if mk.Device.probe("cuda").arch.name == "sm90":
+        assert mk.layer_slots(layer.w13, layer.w2, tiles, plain=True, ordered=True) == (True, True)
+    want = steps(layer, x, ids, weights)
+    epilogue = mk.Epilogue(layer.w13_bias, OAI)
+    tiles = mk.moe_align_block_size(ids, 128, 4)
+    h = mk.grouped_gemm(x, layer.w13, tiles, top_k=2, epilogue=epilogue)
+    y = mk.grouped_gemm(h, layer.w2, tiles, epilogue=mk.Epilogue(row_weight=weights))
+    assert torch.equal(want, mk.combine(y, tiles))
+    for _ in range(3):
+        got = layer.launch(x, ids, weights)
+        assert got is not None
+        assert torch.equal(got, want)
 
 
 @pytest.mark.gpu

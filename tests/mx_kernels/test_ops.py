@@ -64,6 +64,7 @@ def _cases() -> dict[str, tuple]:
         "grouped_gemm_packed": flat_product(
             x, packed, tiles, 2, mk.Epilogue(activation=act), torch.rand(8), torch.bfloat16
         ),
+        "gather_rows": (x, torch.randperm(8).int(), torch.tensor([8], dtype=torch.int32), 8, 2),  # a pair in every slot
         "moe_align_block_size": (ids, 16, 3, torch.tensor([0, 2, 1], dtype=torch.int32)),
         "expert_of_pair": (ids, 3),
         "activate": (x, *SILU, "mxfp4", "even", torch.bfloat16),

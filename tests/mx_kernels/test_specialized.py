@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import mx_kernels as mk
 from mx_kernels import tuned
 from mx_kernels.packed_gemm import flat_product
-from mx_kernels.tuning import Config, Problem, block_pairs, choose_config
+from mx_kernels.tuning import Config, Problem, choose_config
 
 SILU = mk.Activation("silu")
 OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
@@ -25,23 +26,44 @@ def kernel():
 
 
 @pytest.mark.parametrize(
-    ("experts", "pairs", "n", "k", "taken"),
-    [  # measured on an H100: faster for the first four, slower for the others
-        (8, 8192, 28672, 4096, True),
-        (8, 8192, 4096, 14336, True),
-        (8, 32768, 28672, 4096, True),
-        (128, 131072, 1536, 2048, True),
-        (128, 131072, 2048, 768, False),
-        (128, 65536, 5760, 2880, False),
-        (8, 2048, 28672, 4096, False),
+    ("experts", "pairs", "n", "k", "pairs_order", "slots"),
+    [  # measured on an H100, rows in the order of pairs and of slots
+        (8, 8192, 28672, 4096, True, True),
+        (8, 8192, 4096, 14336, True, True),
+        (8, 4096, 28672, 4096, False, True),
+        (128, 131072, 1536, 2048, True, True),
+        (128, 131072, 2048, 768, False, False),
+        (128, 65536, 5760, 2880, False, True),
+        (8, 2048, 28672, 4096, False, False),
     ],
 )
-def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, taken):
+def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, slots):
     p = Problem("e4m3", 32, pairs, experts, n, k)
-    block = block_pairs(pairs, experts, specialized=True)
-    assert choose_config(p, block, specialized=True).specialized == taken
-    assert not choose_config(p, block_pairs(pairs, experts)).specialized
-    assert block == (256 if pairs // experts >= 768 else 128)
+    assert choose_config(p, 256, specialized=True).specialized == pairs_order
+    assert choose_config(p, 256, specialized=True, slots=True).specialized == slots
+    assert not choose_config(p, 256, slots=True).specialized
+    plain = replace(p, element="")
+    assert not choose_config(plain, 256, specialized=True).specialized
+    many = pairs >= 1024 * experts and k >= 2048
+    assert choose_config(plain, 256, specialized=True, slots=True).specialized == many
+
+
+@pytest.mark.parametrize(
+    ("pairs", "n", "k", "block"),
+    [
+        (767, 1536, 2048, 128),
+        (768, 1536, 2048, 256),
+        (511, 5760, 2880, 128),
+        (512, 5760, 2880, 256),
+        (4096, 5760, 1024, 128),
+    ],
+)
+def test_blocks_of_256_where_they_are_faster(pairs, n, k, block):
+    """A layer's blocks follow its first weight: from 512 pairs an expert on where its rows are worth a gather, else from 768."""
+    p = Problem("e2m1", 32, 16 * pairs, 16, n, k)
+    assert tuned.model_block(p, True) == block
+    assert tuned.model_block(p, False) == 128
+    assert tuned.model_block(replace(p, element=""), True) == 256
 
 
 def test_only_where_the_device_has_warpgroup_products(monkeypatch):
@@ -58,26 +80,30 @@ def test_only_where_the_device_has_warpgroup_products(monkeypatch):
     assert not tuned.wgmma(torch.device("cpu"))
 
 
-def meta_product(kernel, monkeypatch, f, k, act, config=None, *, pairs=8192, block=256, out=torch.bfloat16, **epilogue):
-    """The plan of a product on the meta device, and its tensors."""
+def meta_product(
+    kernel, monkeypatch, f, k, act, config=None, *, pairs=8192, block=256, slots=False, out=torch.bfloat16, **epilogue
+):
+    """The plan of a product on the meta device, and its tensors. f: None for plain weights; slots: x and y have a row a slot."""
     calls = []
     monkeypatch.setattr(kernel, "_launch", lambda plan, tensors: calls.append((plan, tensors)))
-    p = mk.pack(
-        mk.quantize(torch.randn(1, 256, k), f), gated=act is not None, layout=act.layout if act else "concatenated"
-    )
+    w = torch.randn(1, 256, k)
+    w = w.bfloat16() if f is None else mk.quantize(w, f)
+    p = mk.pack(w, gated=act is not None, layout=act.layout if act else "concatenated")
     p = p.map(lambda t: torch.empty((8, *t.shape[1:]) if t.ndim else t.shape, dtype=t.dtype, device="meta"))
     object.__setattr__(p, "shape", torch.Size((8, 256, k)))
     i32 = {"dtype": torch.int32, "device": "meta"}
-    slots = pairs + 8 * block
-    routed = (torch.empty(slots, **i32), torch.empty(slots // block, **i32), torch.empty(1, **i32))
+    capacity = pairs + 8 * block
+    routed = (torch.empty(capacity, **i32), torch.empty(capacity // block, **i32), torch.empty(1, **i32))
     tiles = mk.Alignment(torch.empty((pairs // 2, 2), **i32), 8, block, *routed)
-    x = torch.empty((pairs // 2, k), dtype=torch.bfloat16, device="meta")
     bias = torch.empty((8, 256), dtype=torch.bfloat16, device="meta") if act is OAI else None
     weight = torch.empty(pairs, device="meta") if act is None else None
     top_k = 2 if act else 1
-    x = x if act else torch.empty((pairs, k), dtype=torch.bfloat16, device="meta")
-    args = flat_product(x, p, tiles, top_k, mk.Epilogue(bias, act, **epilogue), weight, out)
-    kernel.grouped_gemm_packed(*args, config)
+    rows, top_k = (capacity, 0) if slots else (pairs // top_k, top_k)
+    x = torch.empty((rows, k), dtype=torch.bfloat16, device="meta")
+    y = kernel.grouped_gemm_packed(
+        *flat_product(x, p, tiles, top_k, mk.Epilogue(bias, act, **epilogue), weight, out, slots), config
+    )
+    assert y.shape == (capacity if slots else pairs, 128 if act else 256)
     return calls[-1]
 
 
@@ -92,6 +118,11 @@ def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, mo
             meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU, SPECIALIZED, **changed)
     short, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 96, SILU)  # half of its K is padding
     assert short.kernel is kernel._grouped_gemm_packed_kernel
+    loose, _ = meta_product(kernel, monkeypatch, None, 2048, SILU)  # plain weights, and x not in slot order
+    assert loose.kernel is kernel._grouped_gemm_packed_kernel
+    boxed, _ = meta_product(kernel, monkeypatch, None, 2048, SILU, slots=True)
+    assert boxed.kernel is taken.kernel
+    assert [place for place, _, _ in boxed.boxes] == [0, 1]
 
 
 LIMITS = {
@@ -102,27 +133,46 @@ LIMITS = {
 }  # instructions a weight of a thread and step
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("act", [SILU, OAI, None], ids=["silu", "oai", "gemm2"])
-@pytest.mark.parametrize("f", LIMITS, ids=str)
-def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act):
-    """Products from registers, none serialized, nothing spilled, no operand overwritten; registers change hands."""
-    plan, tensors = meta_product(kernel, monkeypatch, f, 2880 if f is mk.MXFP4 else 2048, act, SPECIALIZED)
+def compiled(aot, kernel, plan, tensors):
+    """The machine code of a plan, and that it holds together: registers change hands, nothing spills or is serialized or overwritten."""
     specialized = importlib.import_module("mx_kernels.kernels.specialized")
     assert plan.kernel is specialized._grouped_gemm_specialized_kernel
     names = plan.kernel.arg_names
     types = {torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32"}
-    values = (*(types[t.dtype] for t in tensors), *("fp32" if isinstance(s, float) else "i32" for s in plan.sizes))
+    values = [*(types[t.dtype] for t in tensors), *("fp32" if isinstance(s, float) else "i32" for s in plan.sizes)]
+    for place, _, (rows, columns) in plan.boxes:
+        held = "bf16" if columns == 64 else "i32"
+        values[place] = (
+            f"tensordesc<{held}[{rows}, {columns}],{importlib.import_module('mx_kernels.kernels.specialized_load').box_layout(columns)!r}>"
+        )
     constants = dict(zip(names[len(values) :], plan.constants, strict=True))
     loose = ("experts", "pairs", "strips", "group")
     made = aot.compile_kernel(
         plan.kernel, dict(zip(names, values)), constants, "sm_90", unaligned=loose, **plan.options
     )
     assert not any(code in made.log for code in ("C7510", "C7514", "C7515"))
-    assert made.spills == 0
+    assert made.spills == 0 or (made.spills <= 64 and aot.TRITON_VERSION >= (3, 8))  # a few registers, once a tile
+    loops = [body for body in made.loops() if any(line.startswith(("HGMMA", "LDGSTS", "UTMALDG")) for line in body)]
+    steps = [body for body in loops if sum("PHASECHK" in line for line in body) == 1]  # which wait once
+    assert len(steps) >= 9  # three levels, two warpgroups that multiply and one that loads
+    spilled = max(sum(line.startswith(("STL", "LDL")) for line in body) for body in steps)
+    assert spilled == 0 or (spilled == 1 and aot.TRITON_VERSION >= (3, 8))
     assert not made.overwritten()
     assert made.opcodes()["USETMAXREG"] >= 2
     assert made.shared <= 232448
+    return made
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("slots", [False, True], ids=["pairs", "slots"])
+@pytest.mark.parametrize("act", [SILU, OAI, None], ids=["silu", "oai", "gemm2"])
+@pytest.mark.parametrize("f", LIMITS, ids=str)
+def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, slots):
+    """Products from registers; x by the copy engine where it lies in slot order."""
+    k = 2880 if f is mk.MXFP4 else 2048
+    made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, f, k, act, SPECIALIZED, slots=slots))
+    # four, two and one for 256, 128 and 64 pairs; and for each of them the weights, 32 or 64 columns of 64 rows
+    assert made.opcodes()["UTMALDG"] == (7 + 3 * (2 if f.element.bits == 4 else 4) if slots else 0)
     loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 300]
     for pairs in (256, 128, 64):
         body = min((b for b in loops if any(f"64x{pairs}x16" in line for line in b)), key=len)
@@ -135,6 +185,24 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act):
         assert product < min(decoded) < max(decoded) < wait, "weights are decoded while the product before runs"
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("act", [SILU, OAI, None], ids=["silu", "oai", "gemm2"])
+def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out):
+    """Both operands by the copy engine and from shared memory; a product is issued before the one in front of it has ended."""
+    made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, None, 2048, act, SPECIALIZED, slots=True, out=out))
+    assert made.opcodes()["UTMALDG"] == 7 + 3
+    assert made.opcodes()["LDGSTS"] == 0
+    loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 100]
+    assert {pairs for pairs in (256, 128, 64) for b in loops if any(f"64x{pairs}x16" in line for line in b)} == {
+        256,
+        128,
+        64,
+    }
+    for body in loops:
+        assert not any(line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0") for line in body)
+
+
 def routing(tokens: int, experts: int, top_k: int, skew: float) -> torch.Tensor:
     """Ids with dropped pairs; the more skew, the fewer experts get most."""
     share = torch.arange(1, experts + 1).float().pow(-skew)
@@ -143,28 +211,65 @@ def routing(tokens: int, experts: int, top_k: int, skew: float) -> torch.Tensor:
     return ids.cuda()
 
 
+def by_pair(y: torch.Tensor, tiles: mk.Alignment) -> torch.Tensor:
+    """Rows of slots -> rows of pairs."""
+    used = tiles.sorted_ids < tiles.num_pairs
+    used[int(tiles.num_padded) :] = False
+    out = y.new_zeros(tiles.num_pairs, y.shape[1])
+    out[tiles.sorted_ids[used].long()] = y[used]
+    return out
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "act", [SILU, OAI, mk.Activation("gelu_tanh", limit=1.5), None], ids=["silu", "oai", "gelu", "none"]
 )
-@pytest.mark.parametrize("f", FORMATS, ids=str)
+@pytest.mark.parametrize("f", [*FORMATS, None], ids=str)
 def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
-    """Every level (256, 128, 64 pairs), K with and without a tail, biases and row weights, skewed routing, dropped pairs."""
+    """Every level (256, 128, 64 pairs), K with and without a tail, biases and row weights, skewed routing, dropped pairs; rows of x
+    and of the result in the order of pairs and of slots (plain weights: of slots alone)."""
     for n, k, skew, top_k in ((256, 256, 0.0, 2), (304, 320, 1.5, 2), (128, 160, 3.0, 1), (1536, 2048, 0.5, 2)):
-        if f.element.bits == 4 and k % 64:
+        if (f is None and k % 64) or (f is not None and f.element.bits == 4 and k % 64):
             k += 32
         ids = routing(1900, 9, top_k, skew)
-        w = mk.quantize(torch.randn(9, n, k, device="cuda") * k**-0.5, f)
+        w = torch.randn(9, n, k, device="cuda") * k**-0.5
+        w = w.bfloat16() if f is None else mk.quantize(w, f)
         p = mk.pack(w, gated=act is not None, layout=act.layout if act else "concatenated")
         x = torch.randn(1900 if act else ids.numel(), k, device="cuda").bfloat16()
         bias = torch.randn(9, n, device="cuda") if k != 256 else None
         weight = torch.rand(ids.numel(), device="cuda") if act is None or k == 320 else None
+        of = top_k if act else 1
+        live = (ids >= 0).flatten()
+
+        def product(x, tiles, top_k, config, to_slots=False, p=p, bias=bias, weight=weight):
+            args = flat_product(x, p, tiles, top_k, mk.Epilogue(bias, act), weight, torch.float32, to_slots)
+            return kernel.grouped_gemm_packed(*args, config)
+
+        want = product(x, mk.moe_align_block_size(ids, 128, 9, sort=True), of, TWO_PROGRAMS)[live]
+        assert want.isfinite().all()
+        tiles = mk.moe_align_block_size(ids, 256, 9, sort=True)
+        slots = mk.gather_rows(x, tiles, top_k=of)
+        if f is not None:
+            assert torch.equal(product(x, tiles, of, SPECIALIZED)[live], want)
+        for config in (SPECIALIZED, TWO_PROGRAMS) if bias is not None else (SPECIALIZED,):
+            assert torch.equal(by_pair(product(slots, tiles, 0, config, True), tiles)[live], want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [False, True], ids=["pairs", "slots"])
+def test_more_blocks_than_are_looked_up(kernel, slots):
+    """Over 1024 blocks each walks the weight tiles alone; up to there those of an expert do so together, in parts of equal size."""
+    p = mk.pack(mk.quantize(torch.randn(3, 288, 128, device="cuda") * 0.1, mk.MXFP8))
+    for tokens in (4500, 140000):
+        ids = routing(tokens, 3, 2, 0.5)
+        x = torch.randn(tokens, 128, device="cuda").bfloat16()
         outputs = []
         for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256)):
-            tiles = mk.moe_align_block_size(ids, block, 9, sort=True)
-            args = flat_product(x, p, tiles, top_k if act else 1, mk.Epilogue(bias, act), weight, torch.float32)
+            tiles = mk.moe_align_block_size(ids, block, 3, sort=True)
+            boxed = slots and block == 256
+            source = mk.gather_rows(x, tiles, top_k=2) if boxed else x
+            args = flat_product(source, p, tiles, 0 if boxed else 2, mk.Epilogue(), None, torch.bfloat16)
             outputs.append(kernel.grouped_gemm_packed(*args, config)[(ids >= 0).flatten()])
-        assert outputs[0].isfinite().all()
         assert torch.equal(*outputs)
 
 

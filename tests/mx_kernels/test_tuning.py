@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mx_kernels as mk
+from mx_kernels.tuned import model_block
 from mx_kernels.tuning import Problem, best_split, block_pairs, choose_config, shared_bytes
 
 problems = st.builds(
@@ -27,12 +28,12 @@ problems = st.builds(
     st.sampled_from([0, 8, 132, 304]),
     st.sampled_from([101376, 166912, 232448]),
     st.booleans(),
+    st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
-def test_every_choice_is_legal(p, pairs, units, shared, specialized):
-    specialized &= p.element != ""  # plain weights are not served
-    pairs = pairs or block_pairs(p.num_pairs, p.num_experts, p.element == "", specialized)
-    c = choose_config(p, pairs, units, shared, specialized)
+def test_every_choice_is_legal(p, pairs, units, shared, specialized, slots):
+    pairs = pairs or model_block(p, specialized)
+    c = choose_config(p, pairs, units, shared, specialized, slots)
     assert pairs % c.pairs == 0
     assert c.rows in (64, 128, 256)
     assert c.split in (1, 2, 4, 8)
@@ -41,10 +42,10 @@ def test_every_choice_is_legal(p, pairs, units, shared, specialized):
     assert c.split == 1 or c.group == 1
     assert shared_bytes(c, p) <= shared
     assert c.rows <= max(64, 2 * p.n) or c.specialized  # whose plan asks for 128 rows
-    assert not c.specialized or (specialized and c.pairs == pairs == 256)
+    assert not c.specialized or (specialized and c.pairs == pairs == 256 and (slots or p.element != ""))
 
 
-@given(st.integers(1, 1 << 20), st.integers(1, 512), st.booleans(), st.booleans())
+@given(st.integers(1, 1 << 20), st.integers(1, 512), st.booleans(), st.sampled_from([0, 512, 768]))
 def test_blocks_grow_with_the_pairs_of_an_expert(pairs, experts, plain, specialized):
     block = block_pairs(pairs, experts, plain, specialized)
     assert block <= block_pairs(2 * pairs, experts, plain, specialized)

@@ -36,6 +36,7 @@ from .moe import PackedLayer
 from .packing import PackedWeight, pack
 from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
 from .rebase import REBASED_ACTIVATIONS, REBASED_FORMATS, RebasedWeight, grouped_gemm_rebased, rebase, rebase_rows
+from .slots import gather_rows, layer_slots
 from .tensor import QuantizedTensor
 
 __all__ = [
@@ -70,10 +71,12 @@ __all__ = [
     "combine",
     "compute_global_scale",
     "dequantize",
+    "gather_rows",
     "gemm",
     "get_format",
     "grouped_gemm",
     "grouped_gemm_rebased",
+    "layer_slots",
     "moe_align_block_size",
     "pack",
     "quantize",

@@ -44,6 +44,7 @@ from .packed_gemm import packed_product, rounds_itself
 from .packing import PackedWeight
 from .quantize import dequantize, quantize
 from .reference.moe import local_experts
+from .slots import slots_of
 from .tensor import QuantizedTensor
 from .tuned import block_for
 
@@ -144,6 +145,8 @@ def grouped_gemm(
     tiles: Alignment,
     *,
     top_k: int = 1,
+    from_slots: bool = False,
+    to_slots: bool = False,
     epilogue: Epilogue = Epilogue(),  # noqa: B008
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | QuantizedTensor:  # [P, N_out]
@@ -157,6 +160,9 @@ def grouped_gemm(
 
     Row p of the result belongs to pair p. Rows of dropped pairs are zero on the CPU and anything on an accelerator: read none
     (``combine`` does not). On the CPU only the experts that a pair goes to are decoded.
+
+    from_slots: row r of x belongs to slot r of the tile list instead (``gather_rows``, or a result with to_slots); to_slots: so does row
+    r of the result. Both for packed weights and a sorted alignment: they say how rows lie, and change no value.
 
     Raises ValueError for shapes, strides, devices and a requantized width off the block; TypeError for dtypes.
     """
@@ -174,7 +180,18 @@ def grouped_gemm(
             f"w has {num_experts} experts, but the alignment was made for {tiles.num_experts}: pass it num_experts={num_experts}"
         )
     pairs = tiles.num_pairs
-    if top_k < 1 or x.shape[0] * top_k != pairs:
+    if from_slots or to_slots:
+        if not isinstance(w, PackedWeight):
+            raise ValueError(
+                "from_slots and to_slots are for packed weights: pack(w), or leave rows in the order of pairs"
+            )
+        if from_slots and (x.shape[0] != slots_of(tiles) or top_k != 1):
+            raise ValueError(
+                f"x has {x.shape[0]} rows and top_k is {top_k}, needs one row a slot of the tile list ({slots_of(tiles)}) and top_k=1 with "
+                "from_slots: gather_rows makes them"
+            )
+        slots_of(tiles)
+    if not from_slots and (top_k < 1 or x.shape[0] * top_k != pairs):
         raise ValueError(
             f"x has {x.shape[0]} rows and top_k is {top_k}, but the alignment has {pairs} pairs (ids {tuple(tiles.ids.shape)}): "
             f"pass top_k={tiles.top_k} with one row a token, or top_k=1 with one row a pair"
@@ -184,7 +201,13 @@ def grouped_gemm(
     f, rule = epilogue.requantize_to or epilogue.round_to, epilogue.rule
     if isinstance(w, PackedWeight):
         whole = f is None or rounds_itself(epilogue, w)
-        y = packed_product(x, w, tiles, top_k, epilogue, row_weight, dtype if whole else torch.float32)
+        if to_slots and not whole:
+            raise ValueError(
+                f"{epilogue} with to_slots would quantize the result in a pass over all rows, also of slots without a pair: round to a "
+                "format without a global scale, by a rule that is no search, and gates with their activation"
+            )
+        held = dtype if whole else torch.float32
+        y = packed_product(x, w, tiles, 0 if from_slots else top_k, epilogue, row_weight, held, to_slots)
         return y if whole or f is None else stored(_requantized(y, tiles, f, rule, dtype), epilogue)
     fused = fused_format(f)
     args = (

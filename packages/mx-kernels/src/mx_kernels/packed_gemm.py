@@ -24,7 +24,7 @@ _SCHEMA = (
     "(Tensor x, Tensor w, Tensor? w_scale, Tensor? w_alpha, Tensor? w_shift, Tensor? w_global, str w_format, int n, int k, "
     "bool w_gated, str w_layout, Tensor? sorted_ids, Tensor? expert_ids, Tensor? num_padded, int block_size, int num_pairs, "
     "int tokens, int top_k, Tensor? bias, str act, bool gated, float alpha, float beta, float limit, Tensor? row_weight, "
-    "str round_to, str rule, ScalarType out_dtype) -> Tensor"
+    "str round_to, str rule, bool to_slots, ScalarType out_dtype) -> Tensor"
 )
 
 
@@ -56,9 +56,11 @@ def _grouped_gemm_packed(
     row_weight: Tensor | None,
     round_to: str,
     rule: str,
+    to_slots: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """x [M, K] -> [num_pairs, N_out]. Without ``expert_ids`` the one weight serves all rows (a linear layer)."""
+    """x [M, K] -> [num_pairs, N_out], or a row a slot: of x where top_k is 0, of the result where to_slots. Without ``expert_ids`` the one
+    weight serves all rows (a linear layer)."""
     f = get_format(w_format) if w_format else None
     packed = PackedWeight(
         *(w, w_scale, w_alpha, w_shift, w_global, torch.Size((w.shape[0], n, k)), f),
@@ -68,12 +70,15 @@ def _grouped_gemm_packed(
         expert_ids = torch.zeros(num_pairs, dtype=torch.int32, device=x.device)
         sorted_ids, num_padded = None, expert_ids[:0]
         bias = None if bias is None else bias.unsqueeze(0)  # [N], of the one weight
-    ids = expert_ids.new_empty((num_pairs // top_k, top_k))  # only its size counts here
+    k = max(top_k, 1)
+    ids = expert_ids.new_empty((num_pairs // k, k))  # only its size counts here
     out = reference.grouped_gemm(
         x,
         packed.unpack(),
         Alignment(ids, w.shape[0], block_size, sorted_ids, expert_ids, num_padded),
-        top_k=top_k,
+        top_k=k,
+        from_slots=top_k == 0,
+        to_slots=to_slots,
         epilogue=Epilogue(
             bias,
             whole_activation(act, w_layout, gated, alpha, beta, limit),
@@ -102,11 +107,12 @@ def _(x: Tensor, *args: object) -> Tensor:
 
 @grouped_gemm_packed_op.register_fake
 def _(x: Tensor, *args: object) -> Tensor:
-    n, num_pairs, gated, out_dtype = args[6], args[14], args[19], args[26]
+    n, sorted_ids, num_pairs, gated, to_slots, out_dtype = (args[i] for i in (6, 10, 14, 19, 26, 27))
     assert isinstance(n, int)
     assert isinstance(num_pairs, int)
     assert isinstance(out_dtype, torch.dtype)
-    return x.new_empty((num_pairs, n // 2 if gated else n), dtype=out_dtype)
+    rows = sorted_ids.shape[0] if to_slots and isinstance(sorted_ids, Tensor) else num_pairs
+    return x.new_empty((rows, n // 2 if gated else n), dtype=out_dtype)
 
 
 def packed_product(
@@ -117,9 +123,10 @@ def packed_product(
     epilogue: Epilogue,  # requantize_to is left to the caller, and round_to unless it ``rounds_itself``
     row_weight: Tensor | None,  # float32 [P]
     out_dtype: torch.dtype,
-) -> Tensor:  # [P, N_out]
-    """The product of operands that were checked; errors of ``flat_product``."""
-    args = flat_product(x, w, tiles, top_k, epilogue, row_weight, out_dtype)
+    to_slots: bool = False,
+) -> Tensor:  # [P, N_out], or a row a slot
+    """The product of operands that were checked; top_k: 0 where x has a row a slot. Errors of ``flat_product``."""
+    args = flat_product(x, w, tiles, top_k, epilogue, row_weight, out_dtype, to_slots)
     run = kernels("grouped_gemm").grouped_gemm_packed if direct(args[0], w.data, row_weight) else grouped_gemm_packed_op
     out: Tensor = run(*args)
     return out
@@ -144,6 +151,7 @@ def flat_product(
     epilogue: Epilogue,
     row_weight: Tensor | None,
     out_dtype: torch.dtype,
+    to_slots: bool = False,
 ) -> tuple[Any, ...]:
     """The op's arguments. x is bf16, or any float or quantized tensor as a sum of bf16 tensors that is exact.
 
@@ -178,5 +186,5 @@ def flat_product(
         *(x, w.data, w.scale, w.alpha, w.shift, w.global_scale, "" if w.format is None else w.format.name),
         *(w.shape[-2], w.shape[-1], w.gated, w.layout),
         *routed,
-        *(top_k, epilogue.bias, act, gated, alpha, beta, limit, row_weight, *rounded, out_dtype),
+        *(top_k, epilogue.bias, act, gated, alpha, beta, limit, row_weight, *rounded, to_slots, out_dtype),
     )

@@ -36,6 +36,7 @@ from .formats import E2M1, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8, Element, Format
 from .rebased_fp4 import OCTAVES, empty_fp4, pack_fp4, unpack_fp4
 from .reference import rebase as reference
 from .reference.elements import decode, encode, scale_to_float, unpack_codes
+from .slots import slots_of
 from .tensor import QuantizedTensor
 
 REBASED_FORMATS = (MXFP8, MXFP6_E2M3, MXFP6_E3M2, MXFP4)
@@ -222,7 +223,7 @@ def rebase_rows(
     if tiles is not None:
         check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
         check_device(tiles.ids, x.device, "the alignment", "x")
-        slots = _slots(tiles)
+        slots = slots_of(tiles)
         if top_k is None and x.shape[0] != slots:
             raise ValueError(
                 f"x has {x.shape[0]} rows, needs one per slot of the tile list ({slots}), or top_k with a row a token"
@@ -235,13 +236,6 @@ def rebase_rows(
     call = _rebase_rows_kernel if direct(data) else _rebase_rows
     codes, scale = call(data, x_scale, sorted_ids, num_padded, num_pairs, top_k or 0)
     return codes.view(torch.float8_e4m3fn), scale
-
-
-def _slots(tiles: Alignment) -> int:
-    """The capacity of a tile list; ValueError where there is none."""
-    if tiles.sorted_ids is None:
-        raise ValueError("the alignment is not sorted, and needs to be: pass sort=True to moe_align_block_size")
-    return tiles.sorted_ids.shape[0]
 
 
 _SCHEMA = (
@@ -343,7 +337,7 @@ def grouped_gemm_rebased(
         )
     if quantize:
         MXFP8.check_k(n_out, "the width of the result")
-    slots = _slots(tiles)
+    slots = slots_of(tiles)
     if data.shape[0] != slots or data.shape[1] != w.shape[2]:
         raise ValueError(f"x is {tuple(data.shape)}, but the tile list has {slots} slots and w is {tuple(w.shape)}")
     if tiles.num_experts != w.shape[0]:

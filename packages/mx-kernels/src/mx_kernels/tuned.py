@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .tuning import SHARED, UNITS, Config, Problem, block_pairs, choose_config, shared_bytes
+from .tuning import GATHERED, SHARED, UNITS, Config, Problem, block_pairs, choose_config, shared_bytes, specialized_from
 
 NEAR = 0.5  # octaves
 
@@ -58,8 +58,6 @@ RUNS: tuple[Run, ...] = (
 ROWS: tuple[Row, ...] = (
     Row(0, Problem("", 32, 2048, 8, 28672, 4096), 256,
         Config(256, 128, 64, 8, 4, group=4, levels=3), 1014.01, 1145.59),
-    Row(0, Problem("", 32, 32768, 8, 28672, 4096), 256,
-        Config(256, 128, 64, 8, 4, group=4, levels=3), 12698.21, 14018.4),
     Row(0, Problem("e2m1", 16, 8192, 128, 1536, 2048), 64,
         Config(64, 128, 64, 4, 4, levels=3, maxnreg=168), 151.38, 162.61),
     Row(0, Problem("e2m1", 16, 8192, 128, 2048, 768), 64,
@@ -141,13 +139,14 @@ def config_for(
     units: int = UNITS,
     shared: int = SHARED,
     specialized: bool = False,
+    slots: bool = False,
 ) -> Config:
     """The configuration for blocks of ``block`` pairs: of a near measured row, else the model's. specialized: whether
-    ``kernels/specialized.py`` serves this product."""
+    ``kernels/specialized.py`` serves this product; slots: whether the rows of x lie in slot order."""
     row = nearest(p, place(device), block, ROWS, RUNS) if ROWS else None
     if row is not None and legal(row.config, p, shared) and (specialized or not row.config.specialized):
         return row.config
-    return choose_config(p, block, units, shared, specialized)
+    return choose_config(p, block, units, shared, specialized, slots)
 
 
 def block_for(p: Problem, device: torch.device) -> int:
@@ -161,7 +160,8 @@ def block_for(p: Problem, device: torch.device) -> int:
 
 def model_block(p: Problem, specialized: bool = False) -> int:
     """The model's block size. specialized: on a device with ``wgmma``."""
-    return block_pairs(p.num_pairs, p.num_experts, p.element == "", specialized)
+    least = specialized_from(p, p.n >= GATHERED) if specialized and p.element else 0
+    return block_pairs(p.num_pairs, p.num_experts, p.element == "", least)
 
 
 @functools.cache

@@ -9,10 +9,12 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   decodes while the other multiplies, and steps of 64 columns make room for four stages (five of E2M1 codes). Plain weights
   go to the tensor cores as they are: there fewer bytes from the second-level cache count, so from r = 96 on one program
   takes 256 pairs.
-- From r = 768 on and over long rows (K), where a device has warpgroup products (sm_90), warps that only load feed warps that only
-  decode and multiply (``kernels/specialized.py``), in blocks of 256 pairs: a layer was up to 13% faster than with two programs a
-  multiprocessor. At r = 512 it was slower, presumably for the last block of an expert; between the two nothing was measured.
-- Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together.
+- Over long rows (K), where a device has warpgroup products (sm_90), warps that only load feed warps that only decode and multiply
+  (``kernels/specialized.py``), in blocks of 256 pairs: from r = 768 on, or 512 where the rows of x lie in slot order (``slots.py``),
+  which saves another sixth. h can be kept so at once. A gather of x moves 4 K bytes a pair, a sixth of a product takes K N / 3
+  operations: worth it for wide weights (``GATHERED`` rows). Plain weights, which nothing decodes, gain from r = 1024 on.
+- Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
+  ``specialized.py`` all blocks of an expert do, where a wave of programs would otherwise be one block's.
 
 The thresholds were measured on an NVIDIA H200, those of steps of 64 columns and of 256 pairs on an H100 (r = 96 lies between the
 measured 64 and 128; torch 2.11, Triton 3.6, November 2026; docs/performance.md), on shapes from 2048 x 768 to 28672 x 4096;
@@ -26,6 +28,7 @@ from dataclasses import dataclass, replace
 
 UNITS = 132  # multiprocessors, where the device does not say
 SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likewise
+GATHERED = 5120  # weight rows from which on tokens are brought into slot order for a product
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,23 @@ class Problem:
         return self.n * self.k * {"e2m1": 0.5, "": 2.0}.get(self.element, 1.0)
 
 
-def block_pairs(num_pairs: int, num_experts: int, plain: bool = False, specialized: bool = False) -> int:
-    """Pairs of a block of the alignment: 16, 32, 64, 128, or 256 where the weights are plain or warps specialize."""
+def block_pairs(num_pairs: int, num_experts: int, plain: bool = False, specialized: int = 0) -> int:
+    """Pairs of a block of the alignment: 16, 32, 64, 128, or 256 where the weights are plain, or from ``specialized`` pairs an expert
+    on (0: never)."""
     for block, limit in ((16, 10), (32, 24), (64, 48), (128, 96)):
         if num_pairs <= limit * num_experts:
             return block
-    return 256 if plain or (specialized and num_pairs >= 768 * num_experts) else 128
+    return 256 if plain or (specialized and num_pairs >= specialized * num_experts) else 128
+
+
+def specialized_from(p: Problem, slots: bool) -> int:
+    """Pairs an expert from which on warps that load and warps that multiply are faster, where a device has both; 0: never. slots: the
+    rows of x lie in slot order."""
+    if p.k < 2048:
+        return 0
+    if p.element == "":
+        return 1024 if slots else 0
+    return 512 if slots else 768
 
 
 def shared_bytes(c: Config, p: Problem) -> int:
@@ -126,16 +140,22 @@ def streaming_stages(p: Problem, programs: float, units: int) -> int:
 
 
 def choose_config(
-    p: Problem, pairs: int, units: int = UNITS, shared: int = SHARED, specialized: bool = False
+    p: Problem, pairs: int, units: int = UNITS, shared: int = SHARED, specialized: bool = False, slots: bool = False
 ) -> Config:
     """The configuration for blocks of ``pairs`` pairs.
 
     units: multiprocessors; shared: bytes a program may have of the device; specialized: whether ``kernels/specialized.py`` serves
-    this product.
+    this product; slots: whether the rows of x lie in slot order.
     """
     c = _preferred(p, pairs, units)
-    if specialized and pairs == 256 and p.num_pairs >= 768 * p.num_experts and p.k >= 2048 and shared >= SHARED:
-        return Config(256, 128, 64, 4, 4, group=4 if p.expert_bytes > 24e6 else 1, specialized=True)
+    least = specialized_from(p, slots) if specialized and pairs == 256 and shared >= SHARED else 0
+    if least and p.num_pairs >= least * p.num_experts:
+        wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
+        held = 1 << (
+            24 if p.element else 23
+        )  # bytes of x that those who walk together may take of the second-level cache
+        group = max(1, min(8, held // (2 * pairs * p.k))) if wide else 1
+        return Config(256, 128, 64, 4, 4, group=group, specialized=True)
     while c.stages > 2 and shared_bytes(c, p) > shared:
         c = replace(c, stages=c.stages - 1)
     if shared_bytes(c, p) > shared and c.rows > 64:

@@ -140,9 +140,9 @@ def store(
     act_alpha, act_beta, act_limit,
     N: tl.constexpr, M: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND: tl.constexpr, RULE: tl.constexpr, INTERLEAVED: tl.constexpr,
-    EARLY: tl.constexpr, WIDE: tl.constexpr, RELOAD: tl.constexpr, ASM: tl.constexpr,
+    EARLY: tl.constexpr, WIDE: tl.constexpr, RELOAD: tl.constexpr, TO_SLOTS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue and store; loads what ``_tile`` did not load before the K loop."""
+    """Epilogue and store; loads what ``_tile`` did not load before the K loop. TO_SLOTS: y's rows are slots, not pairs."""
     j, inside, i0, i1 = outputs(row0, n, N, GATED, INTERLEAVED, ACT)
     if not EARLY:
         if RELOAD:  # another cache modifier, or it becomes one with the load before the K loop
@@ -161,7 +161,10 @@ def store(
     if ROUND != "":
         o = _rounded(o, ROUND, RULE)
     width = n // 2 if GATED and ACT != "" else n
+    at = pair
+    if TO_SLOTS:
+        at = first + tl.arange(0, M)
     if WIDE:
-        pair = pair.to(tl.int64)
-    out = y + pair[:, None] * width + j[None, :]
+        at = at.to(tl.int64)
+    out = y + at[:, None] * width + j[None, :]
     tl.store(out, o.to(y.dtype.element_ty).trans(), mask=live[:, None] & inside[None, :])

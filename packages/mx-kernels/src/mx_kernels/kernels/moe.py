@@ -1,7 +1,7 @@
 """The launches of an MoE layer on packed weights, planned once for each number of tokens: ``moe.py`` says what for.
 
-One workspace holds what passes from step to step (the alignment, h [P, I], y [P, H], partial sums), 256 bytes apart; the kernels get
-addresses. P = T * k pairs.
+One workspace holds what passes from step to step (the alignment, h [P, I], y [P, H], partial sums, or x and h with a row a slot), 256
+bytes apart; the kernels get addresses. P = T * k pairs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ..alignment import Alignment
 from ..epilogue import Epilogue
 from ..grouped_gemm import block_size
 from ..packed_gemm import flat_product
-from . import align, combine, grouped_gemm
+from ..slots import layer_slots
+from . import align, combine, grouped_gemm, slots
 from .launch import Launch, current_stream, ready
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ class _Plan:
     """What a call of the layer does.
 
     launches: each with the places of its tensors in the list of addresses, which has GIVEN, the layer's tensors, the workspace's parts
-    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None. size: of the workspace, in bytes.
+    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None; and with those of them that are
+    described for the copy engine (``grouped_gemm._Plan.boxes``). size: of the workspace, in bytes.
     """
 
-    launches: tuple[tuple[Launch, tuple[int, ...]], ...]
+    launches: tuple[tuple[Launch, tuple[int, ...], grouped_gemm.Boxes], ...]
     offsets: tuple[int, ...]
     size: int
     counters: int
@@ -61,7 +63,7 @@ def launch(
         if len(_plans) >= _PLANS:
             _plans.clear()
         plan = _plans[key] = _plan(layer, x, ids, weights)
-    for run, _ in plan.launches:
+    for run, _, _ in plan.launches:
         if run.compiled is None:
             return None
     if not ready(device):
@@ -75,8 +77,8 @@ def launch(
     addresses += [base + offset for offset in plan.offsets]
     addresses += [grouped_gemm.counters(device, plan.counters).data_ptr() if plan.counters else None, None]
     stream = current_stream(device)
-    for run, places in plan.launches:
-        run.run(stream, [addresses[i] for i in places])
+    for run, places, boxes in plan.launches:
+        run.run(stream, grouped_gemm.boxed([addresses[i] for i in places], boxes))
     return out
 
 
@@ -86,39 +88,50 @@ def _plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> _Plan:
     w13, w2, expert_map = layer.w13, layer.w2, layer.expert_map
     experts, width = w13.shape[0], w2.shape[2]
     num_global = None if expert_map is None else expert_map.shape[0]
-    launches: list[tuple[Launch, tuple[str, ...]]] = []
-    parts = {name: pairs * n * x.element_size() for name, n in (("h", width), ("y", hidden))}  # bytes in the workspace
+    launches: list[tuple[Launch, tuple[str, ...], grouped_gemm.Boxes]] = []
     rows = block_size(pairs, experts, device, w13)
+    parts = {"h": 0, "y": 0}  # bytes in the workspace, set below
     if stays_unsorted(ids, experts, expert_map, True):
         where = ("", "ids", "")
         tiles = Alignment(ids, experts, rows, None, ids.view(-1), ids.view(-1)[:0])
     else:
         where = ("sorted_ids", "expert_ids", "num_padded")
         sort = align.plan(pairs, rows, experts, num_global, device)
-        launches += sort.launches
+        launches += ((run, names, ()) for run, names in sort.launches)
         parts |= {name: 4 * size for name, size in sort.sizes.items()}
         shapes = (torch.empty(sort.sizes[name], dtype=torch.int32, device="meta") for name in where)
         tiles = Alignment(ids, experts, rows, *shapes, expert_map)
-    h = torch.empty((pairs, width), dtype=dtype, device=device)
+    gathered, ordered = layer_slots(w13, w2, tiles, plain=layer.inputs is None, ordered=True)
+    capacity = 0 if tiles.sorted_ids is None else tiles.sorted_ids.shape[0]
+    source = "x"
+    if gathered:
+        source = "y"  # the same memory: GEMM 2 writes after GEMM 1 has read
+        gather = slots.plan(capacity, hidden, dtype, x.stride(0), False, pairs, k, device)
+        launches.append((gather, ("x", "y", "x", "y", "sorted_ids", "num_padded"), ()))
+        x = torch.empty((capacity, hidden), dtype=dtype, device=device)
+    h = torch.empty((capacity if ordered else pairs, width), dtype=dtype, device=device)
+    parts |= {"h": h.nbytes, "y": (capacity if gathered else pairs) * hidden * x.element_size()}
     first = Epilogue(layer.w13_bias, layer.activation, round_to=layer.inputs)
-    one = grouped_gemm.plan_packed(*flat_product(x, w13, tiles, k, first, None, dtype))
-    two = grouped_gemm.plan_packed(*flat_product(h, w2, tiles, 1, Epilogue(layer.w2_bias), weights, dtype))
-    for product, source, w, result in ((one, "x", "w13", "h"), (two, "h", "w2", "y")):
+    one = grouped_gemm.plan_packed(*flat_product(x, w13, tiles, 0 if gathered else k, first, None, dtype, ordered))
+    two = grouped_gemm.plan_packed(
+        *flat_product(h, w2, tiles, 0 if ordered else 1, Epilogue(layer.w2_bias), weights, dtype)
+    )
+    for product, rows_of, w, result in ((one, source, "w13", "h"), (two, "h", "w2", "y")):
         partial, counters = (f"{w}_partial", "counters") if product.partial else ("", "")
         parts |= {partial: 4 * product.partial} if partial else {}
         names = (
-            *(source, w, f"{w}_scale", result, *where, f"{w}_alpha", f"{w}_bias", "weights" if product is two else ""),
+            *(rows_of, w, f"{w}_scale", result, *where, f"{w}_alpha", f"{w}_bias", "weights" if product is two else ""),
             *(partial, counters),
         )
         there = {*GIVEN, *layer.tensors, *parts, "counters"}
-        launches.append((product.launch, tuple(name if name in there else result for name in names)))
+        launches.append((product.launch, tuple(name if name in there else result for name in names), product.boxes))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
-    launches.append((total, ("y", "ids", "expert_map", "", "out")))
+    launches.append((total, ("y", "ids", "expert_map", "", "out"), ()))
 
     ends = [*itertools.accumulate(-(-size // 256) * 256 for size in parts.values())]
     place = {name: i for i, name in enumerate((*GIVEN, *layer.tensors, *parts, "counters"))}
     return _Plan(
-        tuple((run, tuple(place.get(name, -1) for name in names)) for run, names in launches),
+        tuple((run, tuple(place.get(name, -1) for name in names), boxes) for run, names, boxes in launches),
         (0, *ends[:-1]),
         ends[-1],
         max(p.tiles if p.partial else 0 for p in (one, two)),

@@ -26,6 +26,7 @@ from .dot import drained
 from .finish import activated
 from .grouped_gemm import counters
 from .launch import launch, takes_registers, target
+from .slots import gather_rows, slots
 
 
 @triton.jit
@@ -66,17 +67,6 @@ def _store_blocks(out, live, start, v, e, top, K: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def _slots(sorted_ids, num_padded, n_pairs, top_k, R: tl.constexpr):
-    """R slots of a tile list: whether there are any, each, whether it has a pair, and the pair's token (the pair where top_k is 1)."""
-    first = tl.program_id(0).to(tl.int64) * R
-    padded = tl.load(num_padded)
-    r = first + tl.arange(0, R)
-    pair = tl.load(sorted_ids + r, mask=r < padded, other=n_pairs)
-    live = pair < n_pairs
-    return first < padded, r, live, (tl.where(live, pair, 0) // top_k).to(tl.int64)
-
-
-@triton.jit
 def _rebase_rows_kernel(
     x, x_stride, x_scale, out, scale, sorted_ids, num_padded, n_pairs, top_k,
     K: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, CODES: tl.constexpr, LISTED: tl.constexpr,
@@ -85,7 +75,7 @@ def _rebase_rows_kernel(
     """R rows. CODES: x is MXFP8 with scale bytes x_scale [M, K / 32]. LISTED: only rows that are slots of a tile list with a pair,
     which are of x's row sorted_ids[r] // top_k where GATHER; otherwise all of n_pairs rows."""
     if LISTED:
-        there, r, live, token = _slots(sorted_ids, num_padded, n_pairs, top_k, R)
+        there, r, live, token = slots(sorted_ids, num_padded, n_pairs, top_k, R)
         if not there:
             return
         source = token if GATHER else r
@@ -104,20 +94,6 @@ def _rebase_rows_kernel(
         _store_blocks(out, live, FIRST, v2, e2, top, K, REST)
     _store_blocks(out, live, 0, v, e, top, K, FIRST)
     tl.store(scale + r, e8m0_value(top), mask=live)
-
-
-@triton.jit
-def _copy_rows_kernel(
-    words, scale, out, out_scale, sorted_ids, num_padded, n_pairs, top_k, W, R: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Rows sorted_ids[r] // top_k of ``words`` int32 [T, W], and their scales, to R rows r."""
-    there, r, live, token = _slots(sorted_ids, num_padded, n_pairs, top_k, R)
-    if not there:
-        return
-    k = tl.arange(0, WIDTH)[None, :]
-    inside = live[:, None] & (k < W)
-    tl.store(out + r[:, None] * W + k, tl.load(words + token[:, None] * W + k, mask=inside), mask=inside)
-    tl.store(out_scale + r, tl.load(scale + token, mask=live), mask=live)
 
 
 def _needs_fp8(device: torch.device) -> None:
@@ -140,19 +116,16 @@ def rebase_rows(
     arguments."""
     _needs_fp8(x.device)
     k, rows = x.shape[1], x.shape[0] if sorted_ids is None else sorted_ids.shape[0]
+    if top_k > 1 and num_pairs * k >= COPIED:
+        assert sorted_ids is not None
+        assert num_padded is not None
+        codes, once = rebase_rows(x, x_scale, None, None, 0, 0)
+        words, slot_scale = gather_rows(codes.view(torch.int32), sorted_ids, num_padded, num_pairs, top_k, once)
+        assert slot_scale is not None
+        return words.view(torch.uint8), slot_scale
     out = torch.empty(rows, k, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if not rows or not k:
-        return out, scale
-    if top_k > 1 and num_pairs * k >= COPIED:
-        assert sorted_ids is not None
-        codes, once = rebase_rows(x, x_scale, None, None, 0, 0)
-        width = triton.next_power_of_2(k // 4)
-        r = max(1, min(8, 4096 // width))
-        launch(
-            _copy_rows_kernel, (-(-rows // r),), x.device, codes.view(torch.int32), once, out.view(torch.int32), scale, sorted_ids,
-            num_padded, num_pairs, top_k, k // 4, R=r, WIDTH=width, num_warps=4,
-        )  # fmt: skip
         return out, scale
     first, rest = _split(k)
     r = _rows_of_a_program(first)
@@ -374,16 +347,12 @@ def tile_config(block_m: int, promote: bool, fp4: bool = False, quantize: bool =
 
 def _split_of(n: int, k: int, experts: int, pairs: int, rows: int, step: int, device: torch.device) -> int:
     """Programs that share a tile's K loop: where tiles are fewer than half of the multiprocessors, two a multiprocessor."""
-    tiles, units, steps = (
-        -(-n // rows) * Problem("e4m3", 32, pairs, experts, n, k).active,
-        target(device).units,
-        -(-k // step),
-    )
+    tiles = -(-n // rows) * Problem("e4m3", 32, pairs, experts, n, k).active
+    units, steps = target(device).units, -(-k // step)
     if pairs > 64 or 2 * tiles > units:
         return 1
-    return max(
-        split for split in (1, 2, 4, 8) if split * tiles <= 2 * units and steps % split == 0 and steps >= 8 * split
-    )
+    found = (s for s in (2, 4, 8) if s * tiles <= 2 * units and steps % s == 0 and steps >= 8 * s)
+    return max(found, default=1)
 
 
 def grouped_gemm_rebased(

@@ -6,6 +6,9 @@ A program stays on its multiprocessor and takes one tile of 128 weight rows time
 rows of x, codes and scales to shared memory, several steps ahead and on into the next tile; two warpgroups take 64 weight rows each,
 decode a step's weights into registers while the product of the step before runs, and store their part of the result while the other
 still multiplies. ``packing.py`` has the layout of the codes; letters as in ``grouped_gemm.py``.
+
+Where x lies in slot order (TOP_K 0, ``slots.py``), the copy engine (TMA) loads it in boxes of 64 rows, and codes in boxes of four strips
+of 32 or 64 columns; plain weights (KIND "", only then) come in boxes of 128 rows and are multiplied from shared memory.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -22,105 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .epilogue import gate_and_up, gated
 from .numerics import SCALED_E2M1, SCALED_E4M3, SCALED_E5M2, byte_tile, word_tile
+from .specialized_load import BK, ROWS, TABLE, fill_tables, half_of, loader, piece
 
-# Names that changed after Triton 3.6.
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-BK: gl.constexpr = gl.constexpr(64)
-ROWS: gl.constexpr = gl.constexpr(128)
-
-
-@gluon.jit
-def _place(t, tiles, blocks, group):
-    """(block, tile) of the t-th piece of work: ``group`` blocks walk the weight tiles together."""
-    first = t // (group * tiles) * group
-    size = gl.minimum(blocks - first, group)
-    inside = t % (group * tiles)
-    return first + inside % size, inside // size
-
-
-@gluon.jit
-def _second(step, k, TAIL: gl.constexpr):
-    """Which half of its 128 columns a step takes."""
-    second = step % 2
-    if TAIL:
-        second |= (step * BK >= k - BK).to(gl.int32)
-    return second
-
-
-@gluon.jit
-def _load_tile(
-    x, w, s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, ring,
-    N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    TOP_K: gl.constexpr,
-):  # fmt: skip
-    """Copy all steps of a tile with N pairs; ``it`` counts steps."""
-    xs, ws, ss, full, empty = ring
-    WARPS: gl.constexpr = gl.num_warps()
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    UNIT: gl.constexpr = 64 if KIND == "e2m1" else 32
-    pair = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(1, COPY)))
-    at = gl.where(pair < pairs, pair, 0) // TOP_K
-    if WIDE:
-        at = at.to(gl.int64)
-    x_from = x + ((at * x_stride)[:, None] + gl.arange(0, BK, gl.SliceLayout(0, COPY))[None, :])
-    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
-    part = gl.arange(0, BK // UNIT, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None] * w_step
-    strip = strip0 + gl.arange(0, ROWS // 16, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :, None]
-    w_from = w + (part + strip * 128 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :])
-    s_at = (strip0 * 16 + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))) * (32 // BLOCK)
-    s_from = s.to(gl.pointer_type(gl.int32)) + s_at
-    s_step = s_step // 4
-    k0 = 0
-    for step in range(gl.cdiv(k, BK)):
-        stage = it % STAGES
-        mbarrier.wait(empty.index(stage), (it // STAGES & 1) ^ 1)
-        _copy(xs.index(stage).slice(0, N, 0), x_from)
-        _copy(ws.index(stage), w_from)
-        s0 = step // 2 * s_step
-        if BLOCK == 16:
-            s0 += _second(step, k, TAIL)
-        _copy(ss.index(stage), s_from + s0)
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-        it += 1
-        # addresses go on by what the next step is away: nothing is computed anew while copies wait for their registers
-        by = BK
-        if TAIL:
-            by = gl.minimum(BK, k - BK - k0)
-        k0 += by
-        x_from += by
-        w_from += by // UNIT * w_step
-    return it
-
-
-@gluon.jit
-def _loader(
-    x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group,
-    xs, ws, ss, full, empty,
-    BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
-    WIDE: gl.constexpr, TOP_K: gl.constexpr,
-):  # fmt: skip
-    """The warpgroup that loads: all tiles of the program, as many pairs of a block as it has, rounded up to a level."""
-    blocks = gl.load(num_padded) // BM
-    tiles = gl.cdiv(strips * 16, ROWS)
-    it = 0
-    for t in range(gl.program_id(0), blocks * tiles, gl.num_programs(0)):
-        block, tile = _place(t, tiles, blocks, group)
-        e = gl.load(expert_ids + block)
-        first = block * BM
-        if (e >= 0) & (e < experts):
-            strip0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16)
-            args = (
-                x, w + e.to(gl.int64) * w_expert, s + e.to(gl.int64) * s_expert, sorted_ids, first, strip0, w_step, s_step, k,
-                x_stride, pairs, it, (xs, ws, ss, full, empty),
-            )  # fmt: skip
-            if gl.load(sorted_ids + first + BM // 2) < pairs:
-                it = _load_tile(*args, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
-            elif gl.load(sorted_ids + first + BM // 4) < pairs:
-                it = _load_tile(*args, BM // 2, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
-            else:
-                it = _load_tile(*args, BM // 4, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name changed after Triton 3.6
 
 
 @gluon.jit
@@ -206,11 +112,22 @@ def _spread(scale, KIND: gl.constexpr, BLOCK: gl.constexpr, WORDS: gl.constexpr)
 
 
 @gluon.jit
-def _decoded(ws, ss, second, HALF: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, OPERAND: gl.constexpr):
+def _decoded(
+    ws, ss, second, HALF: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, BOXED: gl.constexpr, OPERAND: gl.constexpr
+):  # fmt: skip
     """bf16 [64, 64] of a stage: the warpgroup's part of the weight tile, as a left operand."""
     WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
+    T: gl.constexpr = 1 if KIND == "e2m1" else 2
     LISTED: gl.constexpr = gl.DistributedLinearLayout([[8]], [[0], [0], [1], [2], [4]], [[16], [32]], [], [64])
-    words = ws.slice(HALF * 4, 4, 1).load(WORDS)
+    if BOXED:  # rows of 32 words, four a strip
+        LINES: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2]] if T == 1 else [[0, 1], [0, 2], [16, 0]],
+            [[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]], [[4, 0], [8, 0]], [], [16 * T, 32],
+        )  # fmt: skip
+        lines = ws.slice(HALF * 16 * T, 16 * T, 0).load(LINES)
+        words = gl.convert_layout(lines.reshape([T, 4, 128]), WORDS, assert_trivial=True)
+    else:
+        words = ws.slice(HALF * 4, 4, 1).load(WORDS)
     scales = ss.slice(HALF * 64, 64, 0).load(LISTED)
     low, high = gl.split(scales.reshape([4, 2, 8]).permute([0, 2, 1]))
     low = _spread(_scales(low, second, BLOCK), KIND, BLOCK, WORDS)
@@ -241,10 +158,36 @@ def _used(a):
 
 
 @gluon.jit
+def _released(empty, stage):
+    """One thread arrives for all that have read the stage."""
+    _barrier()
+    mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def _plain_tile(ring, it, k, HALF: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
+    """``_tile`` of plain weights: the next product is issued before the one in front of it has ended."""
+    xs, ws, _, full, empty = ring
+    acc = gl.zeros([64, N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
+    for step in range(gl.cdiv(k, BK)):
+        stage = it % STAGES
+        mbarrier.wait(full.index(stage), it // STAGES & 1)
+        a = ws.index(stage).slice(HALF * 64, 64, 0)
+        acc = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        _barrier()
+        mbarrier.arrive(empty.index((it + STAGES - 1) % STAGES), count=1, pred=step > 0)
+        it += 1
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    _released(empty, (it - 1) % STAGES)
+    return acc, it
+
+
+@gluon.jit
 def _tile(
     ring, it, k,
     HALF: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
-    KEEP: gl.constexpr,
+    BOXED: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """float32 [64, N]: the sums of the warpgroup's weight rows and N pairs; ``it`` counts steps."""
     xs, ws, ss, full, empty = ring
@@ -254,29 +197,31 @@ def _tile(
     steps = gl.cdiv(k, BK)
     stage = it % STAGES
     mbarrier.wait(full.index(stage), it // STAGES & 1)
-    a = _decoded(ws.index(stage), ss.index(stage), _second(0, k, TAIL), HALF, KIND, BLOCK, OPERAND)
-    fence_async_shared()
+    a = _decoded(ws.index(stage), ss.index(stage), half_of(0, k, TAIL), HALF, KIND, BLOCK, BOXED, OPERAND)
+    if not BOXED:
+        fence_async_shared()
     for step in range(1, steps):
         token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
         it += 1
         following = it % STAGES
         mbarrier.wait(full.index(following), it // STAGES & 1)
-        b = _decoded(ws.index(following), ss.index(following), _second(step, k, TAIL), HALF, KIND, BLOCK, OPERAND)
-        fence_async_shared()
+        b = _decoded(
+            ws.index(following), ss.index(following), half_of(step, k, TAIL), HALF, KIND, BLOCK, BOXED, OPERAND
+        )
+        if not BOXED:
+            fence_async_shared()
         _used(b)
         acc = warpgroup_mma_wait(0, deps=[token])
         if KEEP:
             _used(a)
-        _barrier()  # one thread arrives for all that have read the codes
-        mbarrier.arrive(empty.index(stage), count=1)
+        _released(empty, stage)
         stage = following
         a = b
     token = warpgroup_mma(a, xs.index(stage).slice(0, N, 0).permute([1, 0]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[token])
     if KEEP:
         _used(a)
-    _barrier()
-    mbarrier.arrive(empty.index(stage), count=1)
+    _released(empty, stage)
     return acc, it + 1
 
 
@@ -284,7 +229,7 @@ def _tile(
 def _store(
     acc, y, sorted_ids, bias, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
     INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TO_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Epilogue and store of the warpgroup's sums, 64 pairs after 64 (``epilogue.py`` has the formulas)."""
     N: gl.constexpr = acc.shape[1]
@@ -292,8 +237,8 @@ def _store(
         a, b = gl.split(acc.reshape([64, 2, N // 2]).permute([0, 2, 1]))
         args = (pairs, n, scale, row0, act_alpha, act_beta, act_limit)
         to = (y, sorted_ids, bias, row_weight)
-        _store(a, *to, first, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
-        _store(b, *to, first + N // 2, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+        _store(a, *to, first, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
+        _store(b, *to, first + N // 2, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
     else:
         MEET: gl.constexpr = ACT != ""
         J: gl.constexpr = 32 if MEET else 64
@@ -325,33 +270,48 @@ def _store(
                 j += row0
                 o += gl.load(bias + j, mask=j < n, other=0.0).to(gl.float32)[:, None]
         if HAS_WEIGHT:
-            slot = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(0, OUT)))
-            o = o * gl.load(row_weight + slot, mask=slot < pairs, other=0.0)[None, :]
+            of = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(0, OUT)))
+            o = o * gl.load(row_weight + of, mask=of < pairs, other=0.0)[None, :]
         o = gl.convert_layout(o.to(y.dtype.element_ty).permute([1, 0]), STORE)
-        pair = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(1, STORE)))
+        slot = first + gl.arange(0, N, gl.SliceLayout(1, STORE))
+        pair = gl.load(sorted_ids + slot)
         live = pair < pairs
         width = n // 2 if MEET else n
         column = (row0 // 2 if MEET else row0) + gl.arange(0, J, gl.SliceLayout(0, STORE))
+        at = slot if TO_SLOTS else pair
         if WIDE:
-            pair = pair.to(gl.int64)
-        gl.store(y + (pair * width)[:, None] + column[None, :], o, mask=live[:, None] & (column < width)[None, :])
+            at = at.to(gl.int64)
+        gl.store(y + (at * width)[:, None] + column[None, :], o, mask=live[:, None] & (column < width)[None, :])
+
+
+@gluon.jit
+def _sums(
+    ring, it, k,
+    HALF: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    BOXED: gl.constexpr, KEEP: gl.constexpr,
+):  # fmt: skip
+    if KIND == "":
+        acc, it = _plain_tile(ring, it, k, HALF, N, STAGES)
+    else:
+        acc, it = _tile(ring, it, k, HALF, N, KIND, BLOCK, TAIL, STAGES, BOXED, KEEP)
+    return acc, it
 
 
 @gluon.jit
 def _consumer(
     y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group, act_alpha, act_beta, act_limit,
-    xs, ws, ss, full, empty,
+    runs, ids, xs, ws, ss, full, empty,
     HALF: gl.constexpr, BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     STAGES: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr,
-    HAS_ALPHA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, KEEP: gl.constexpr,
+    HAS_ALPHA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, BOXED: gl.constexpr,
+    TO_SLOTS: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: weight rows HALF * 64 to HALF * 64 + 63 of the same tiles."""
     blocks = gl.load(num_padded) // BM
     tiles = gl.cdiv(strips * 16, ROWS)
     it = 0
     for t in range(gl.program_id(0), blocks * tiles, gl.num_programs(0)):
-        block, tile = _place(t, tiles, blocks, group)
-        e = gl.load(expert_ids + block)
+        block, tile, e, level = piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM)
         first = block * BM
         if (e >= 0) & (e < experts):
             row0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16) * 16 + HALF * 64
@@ -362,15 +322,15 @@ def _consumer(
             args = (
                 y, sorted_ids, bias + e.to(gl.int64) * n, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
             )  # fmt: skip
-            if gl.load(sorted_ids + first + BM // 2) < pairs:
-                acc, it = _tile(ring, it, k, HALF, BM, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(acc, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
-            elif gl.load(sorted_ids + first + BM // 4) < pairs:
-                half, it = _tile(ring, it, k, HALF, BM // 2, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(half, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+            if level == 2:
+                acc, it = _sums(ring, it, k, HALF, BM, KIND, BLOCK, TAIL, STAGES, BOXED, KEEP)
+                _store(acc, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
+            elif level == 1:
+                half, it = _sums(ring, it, k, HALF, BM // 2, KIND, BLOCK, TAIL, STAGES, BOXED, KEEP)
+                _store(half, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
             else:
-                quarter, it = _tile(ring, it, k, HALF, BM // 4, KIND, BLOCK, TAIL, STAGES, KEEP)
-                _store(quarter, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE)
+                quarter, it = _sums(ring, it, k, HALF, BM // 4, KIND, BLOCK, TAIL, STAGES, BOXED, KEEP)
+                _store(quarter, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
 
 
 @gluon.jit(do_not_specialize=["experts", "pairs", "group", "act_alpha", "act_beta", "act_limit"])
@@ -379,37 +339,53 @@ def _grouped_gemm_specialized_kernel(
     experts, n, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group, act_alpha, act_beta, act_limit,
     BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
     INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TOP_K: gl.constexpr, KEEP: gl.constexpr,
-    PRODUCT_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TOP_K: gl.constexpr, TO_SLOTS: gl.constexpr,
+    KEEP: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; w, s: packed, gates and ups where there is an activation; y [P, N_out]; bias [E, n]; blocks of BM pairs.
+    """x [M, K]; w, s: packed, gates and ups where there is an activation; y [P, N_out], a row a slot where TO_SLOTS; bias [E, n]; blocks
+    of BM pairs. Where TOP_K is 0, x and w are ``boxed``.
 
     ``partial`` and ``counter`` are not used: what launches takes the tensors of either kernel.
     """
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], gl.NVMMASharedLayout(128, 16, 2))
-    T: gl.constexpr = 1 if KIND == "e2m1" else 2
-    ws = gl.allocate_shared_memory(gl.int32, [STAGES, T, ROWS // 16, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    ss = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if KIND == "":
+        ws = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, BK], gl.NVMMASharedLayout(128, 16, 2))
+        ss = ws
+    else:
+        T: gl.constexpr = 1 if KIND == "e2m1" else 2
+        if TOP_K == 0:
+            ws = gl.allocate_shared_memory(gl.int32, [STAGES, T * ROWS // 4, 32], gl.NVMMASharedLayout(128, 32, 2))
+        else:
+            WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+            ws = gl.allocate_shared_memory(gl.int32, [STAGES, T, ROWS // 16, 128], WORDS)
+        ss = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    runs = gl.allocate_shared_memory(gl.int32, [TABLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ids = gl.allocate_shared_memory(gl.int32, [TABLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    fill_tables(runs, ids, sorted_ids, expert_ids, gl.load(num_padded) // BM, pairs, BM)
+    # who arrives: each loading thread for its copies, one for those of the copy engine
+    ARRIVALS: gl.constexpr = (0 if KIND == "" else 128) + (1 if TOP_K == 0 else 0)
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=128)
+        mbarrier.init(full.index(i), count=ARRIVALS)
         mbarrier.init(empty.index(i), count=2)
     gl.warp_specialize(
         [
             (_consumer, (
                 y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group,
-                act_alpha, act_beta, act_limit, xs, ws, ss, full, empty,
-                0, BM, KIND, BLOCK, TAIL, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP,
+                act_alpha, act_beta, act_limit, runs, ids, xs, ws, ss, full, empty,
+                0, BM, KIND, BLOCK, TAIL, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE,
+                TOP_K == 0, TO_SLOTS, KEEP,
             )),
             (_consumer, (
                 y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, experts, n, k, strips, pairs, group,
-                act_alpha, act_beta, act_limit, xs, ws, ss, full, empty,
-                1, BM, KIND, BLOCK, TAIL, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, KEEP,
+                act_alpha, act_beta, act_limit, runs, ids, xs, ws, ss, full, empty,
+                1, BM, KIND, BLOCK, TAIL, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE,
+                TOP_K == 0, TO_SLOTS, KEEP,
             )),
-            (_loader, (
+            (loader, (
                 x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride,
-                pairs, group, xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K,
+                pairs, group, runs, ids, xs, ws, ss, full, empty, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K,
             )),
         ],
         [4, 4],

@@ -16,7 +16,7 @@ from .elements import (
     unpack_codes,
 )
 from .gemm import gemm, grouped_gemm
-from .moe import combine, moe_align_block_size
+from .moe import combine, gather_rows, moe_align_block_size
 from .quantize import (
     GLOBAL_MAX,
     GLOBAL_MIN,
@@ -52,6 +52,7 @@ __all__ = [
     "e8m0_scale",
     "encode",
     "gate_up_rows",
+    "gather_rows",
     "gemm",
     "global_scale_of",
     "grouped_gemm",

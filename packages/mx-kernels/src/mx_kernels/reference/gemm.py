@@ -19,7 +19,7 @@ from ..alignment import Alignment
 from ..epilogue import Activation, Epilogue
 from ..tensor import QuantizedTensor
 from .activation import activated
-from .moe import pair_experts
+from .moe import pair_experts, pair_rows, slot_rows
 from .quantize import dequantize, quantize, quantize_dequantize
 
 Operand = Tensor | QuantizedTensor
@@ -100,11 +100,13 @@ def grouped_gemm(
     tiles: Alignment,
     *,
     top_k: int = 1,
+    from_slots: bool = False,
+    to_slots: bool = False,
     epilogue: Epilogue | None = None,
     out_dtype: torch.dtype | None = None,
     decoder: Callable[[QuantizedTensor, torch.dtype], Tensor] = dequantize,
 ) -> Tensor | QuantizedTensor:  # [P, N_out]
-    """One weight per expert; see ``mx_kernels.grouped_gemm``. Rows of dropped pairs are zero.
+    """One weight per expert; see ``mx_kernels.grouped_gemm``. Rows of dropped pairs, and of slots without a pair, are zero.
 
     Loops over the experts that a pair goes to and decodes those alone, one at a time. ``decoder``: what stands in for
     ``dequantize``, with the same values.
@@ -121,6 +123,9 @@ def grouped_gemm(
     held = dtype if epilogue.requantize_to is None and epilogue.round_to is None else torch.float32
     out = torch.zeros((pairs, width), dtype=held, device=x.device)
     values = _decode(x, decoder) if isinstance(x, QuantizedTensor) else x
+    if from_slots:
+        assert tiles.sorted_ids is not None
+        values = pair_rows(values, tiles.sorted_ids, tiles.num_padded, pairs)
     gx, gw = _global_scale(x), _global_scale(w)
     end = counts[0]
     for e, count in enumerate(counts[1:]):
@@ -137,4 +142,7 @@ def grouped_gemm(
             None if weight is None else weight[rows],
         )
         out[rows] = y.to(held)
+    if to_slots:
+        assert tiles.sorted_ids is not None
+        out = slot_rows(out, tiles.sorted_ids, tiles.num_padded, pairs, 1)
     return _stored(out, epilogue, dtype)

@@ -101,6 +101,39 @@ def pair_experts(  # -> [P]
     return result.scatter(0, pair, expert)[:num_pairs]
 
 
+def slot_rows(
+    x: Tensor,  # [M, K]
+    sorted_ids: Tensor,  # [capacity]
+    num_padded: Tensor,  # [1]
+    num_pairs: int,
+    top_k: int,
+) -> Tensor:  # [capacity, K]
+    """Row ``sorted_ids[r] // top_k`` for each slot r; zeros for a slot without a pair."""
+    slot = torch.arange(sorted_ids.shape[0], device=sorted_ids.device)
+    used = (slot < num_padded) & (sorted_ids < num_pairs)
+    row = torch.where(used, sorted_ids.to(torch.int64), 0) // top_k
+    return torch.where(used[:, None], x[row], 0)
+
+
+def pair_rows(
+    x: Tensor,  # [capacity, K]
+    sorted_ids: Tensor,  # [capacity]
+    num_padded: Tensor,  # [1]
+    num_pairs: int,
+) -> Tensor:  # [P, K]
+    """The inverse: the row of each pair's slot; zeros for a dropped pair."""
+    slot = torch.arange(sorted_ids.shape[0], device=sorted_ids.device)
+    used = (slot < num_padded) & (sorted_ids < num_pairs)
+    pair = torch.where(used, sorted_ids.to(torch.int64), num_pairs)
+    return x.new_zeros((num_pairs + 1, x.shape[1])).index_copy(0, pair, torch.where(used[:, None], x, 0))[:num_pairs]
+
+
+def gather_rows(x: Tensor, tiles: Alignment, *, top_k: int = 1) -> Tensor:  # [M, K] -> [capacity, K]
+    """The rows of each slot; see ``mx_kernels.gather_rows``."""
+    assert tiles.sorted_ids is not None
+    return slot_rows(x, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, top_k)
+
+
 def combined(
     y: Tensor,  # [P, H]
     ids: Tensor,  # [T, k]

@@ -104,11 +104,24 @@ def fused_moe(
     rows = mk.block_size(routing.ids.numel(), weights.num_experts, x.device, w13)
     tiles = ops.moe_align_block_size(routing.ids, rows, weights.num_experts, weights.expert_map)
     f = inputs.requantize()
+    w2 = weights.w2() if isinstance(w13, mk.PackedWeight) else None
+    gathered, ordered = mk.layer_slots(
+        w13,
+        w2,
+        tiles,
+        plain=inputs.format is None and dtype == torch.bfloat16,
+        ordered=inputs.format is None or f is not None,
+    )
+    x = _prepare(x, inputs, 0, ops)
+    if gathered:
+        x = ops.gather_rows(x, tiles, top_k=k)
     h = ops.grouped_gemm(
-        _prepare(x, inputs, 0, ops),
+        x,
         w13,
         tiles,
-        top_k=k,
+        top_k=1 if gathered else k,
+        from_slots=gathered,
+        to_slots=ordered,
         epilogue=Epilogue(
             bias=weights.w13_bias,
             activation=activation,
@@ -122,9 +135,10 @@ def fused_moe(
         h = _prepare(h, inputs, 1, ops)
     y = ops.grouped_gemm(
         h,
-        weights.w2(),
+        weights.w2() if w2 is None else w2,
         tiles,
         top_k=1,
+        from_slots=ordered,
         epilogue=Epilogue(bias=weights.w2_bias, row_weight=row_weight),
         out_dtype=pair_dtype or dtype,
     )

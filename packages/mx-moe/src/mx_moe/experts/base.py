@@ -130,7 +130,7 @@ def fused_moe(
         ),
         out_dtype=dtype,
     )
-    del w13  # it may be a decoded copy
+    del w13, x  # they may be a decoded copy and a gathered one
     if f is None:
         h = _prepare(h, inputs, 1, ops)
     y = ops.grouped_gemm(

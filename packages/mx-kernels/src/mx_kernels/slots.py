@@ -62,7 +62,8 @@ def gather_rows(x: Tensor, tiles: Alignment, *, top_k: int = 1) -> Tensor:  # [M
             "M * top_k pairs"
         )
     run = _gather_rows if direct(x, tiles.ids) else gather_rows_op
-    return run(x, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, top_k)
+    out: Tensor = run(x, tiles.sorted_ids, tiles.num_padded, tiles.num_pairs, top_k)
+    return out
 
 
 def layer_slots(w13: object, w2: object, tiles: Alignment, *, plain: bool, ordered: bool) -> tuple[bool, bool]:

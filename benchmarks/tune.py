@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from cases import FORMATS, Shape, describe, find_shape, routing
 from torch import Tensor
-from tune_candidates import SETS, Job, jobs, model, problem_of, short, size_of, slots
+from tune_candidates import SETS, Job, jobs, model, problem_of, short, size_of
 from tune_rows import merge, render, row_of
 
 import mx_kernels as mk
 from mx_kernels import tuned
 from mx_kernels.packed_gemm import flat_product
 from mx_kernels.packing import PackedWeight
-from mx_kernels.tuning import Config
+from mx_kernels.tuning import Config, slots_from
 
 MARGIN = 0.03
 TURNS = 5  # how often the model's pair and the best one are measured in turns
@@ -105,7 +105,7 @@ class Operands:
         """``packed_product`` with a given configuration, of rows in slot order where a layer has them so: GEMM 1's are gathered."""
         import mx_kernels.kernels.grouped_gemm as kernel
 
-        boxed = c.specialized and slots(w.problem(tiles.num_pairs, shape.experts), job_gemm)
+        boxed = c.specialized and slots_from(w.problem(tiles.num_pairs, shape.experts), job_gemm == 1) > 0
         if job_gemm == 1:
             epilogue = mk.Epilogue(self.biases[0], shape.activation)
             x = mk.gather_rows(self.x, tiles, top_k=shape.top_k) if boxed else self.x

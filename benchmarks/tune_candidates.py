@@ -10,7 +10,7 @@ from cases import Shape
 
 import mx_kernels as mk
 from mx_kernels import tuned
-from mx_kernels.tuning import GATHERED, Config, Problem, choose_config, specialized_from
+from mx_kernels.tuning import Config, Problem, choose_config, slots_from
 
 SETS = "near,decode,split,mid,prefill,wide,steps,specialized"
 SHARED = 232448  # bytes of shared memory of a program on sm_90
@@ -50,12 +50,8 @@ def model(shape: Shape, fmt: str, tokens: int, units: int) -> tuple[int, dict[in
     problems = {g: problem_of(shape, fmt, tokens, g) for g in (1, 2)}
     wide = tuned.wgmma(torch.device("cuda", 0))
     block = 16 if tokens * shape.top_k <= 64 else tuned.model_block(problems[1], wide)
-    return block, {g: choose_config(p, block, units, specialized=wide, slots=slots(p, g)) for g, p in problems.items()}
-
-
-def slots(p: Problem, gemm: int) -> bool:
-    """Whether a layer multiplies rows in slot order in this GEMM, wherever that is served and faster."""
-    return specialized_from(p, True) > 0 and (gemm == 2 or p.n >= GATHERED)
+    slots = {g: slots_from(p, g == 1) > 0 for g, p in problems.items()}
+    return block, {g: choose_config(p, block, units, specialized=wide, slots=slots[g]) for g, p in problems.items()}
 
 
 def near(c: Config, pairs: int) -> list[Config]:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import mx_kernels as mk
 import mx_quant as mq
 from mx_moe import EXPERT_CLASSES, Capability, EmulationExperts, ReferenceExperts, Router, Routing, make_experts
+from mx_moe.experts.base import Inputs, Weights, fused_moe
 from mx_moe.experts.rebased import rows_per_block
 
 SWIGLU_OAI = {"alpha": 1.702, "beta": 1.0, "limit": 7.0}
@@ -454,3 +455,29 @@ def test_promoted_sums_of_rebased_experts(oracle, weight: str) -> None:
     left = compare(oracle, experts, case)
     experts.promote = True
     assert not torch.equal(compare(oracle, experts, case), left)
+
+
+@pytest.mark.parametrize("inputs", [None, mk.MXFP8, mk.NVFP4], ids=str)
+@pytest.mark.parametrize("orders", [(True, True), (False, True), (True, False)], ids=str)
+def test_the_steps_in_slot_order(monkeypatch: pytest.MonkeyPatch, orders: tuple[bool, bool], inputs) -> None:
+    """Whatever order rows lie in between the steps, the result is the same; who may not reorder says so (NVFP4 looks at all rows of h)."""
+    asked = []
+
+    def layer_slots(w13, w2, tiles, *, plain, ordered):
+        asked.append((plain, ordered))
+        return orders[0] and plain, orders[1] and ordered
+
+    w13, w2 = (mk.quantize(torch.randn(3, n, k).bfloat16(), mk.MXFP4) for n, k in ((128, 64), (64, 64)))
+    packed = mk.pack(w13, gated=True), mk.pack(w2)
+    ids = torch.rand(20, 3).topk(2).indices.int()
+    ids[0] = -1
+    routing = Routing(ids, torch.rand(20, 2))
+    weights = Weights(lambda: packed[0], lambda: packed[1], 3, torch.randn(3, 128), torch.randn(3, 64))
+    x = torch.randn(20, 64).bfloat16()
+    run = lambda x: fused_moe(x, routing, weights, mk.Activation("silu"), inputs=Inputs(inputs))  # noqa: E731
+    want = run(x)
+    monkeypatch.setattr(mk, "layer_slots", layer_slots)
+    assert torch.equal(run(x), want)
+    assert asked == [(inputs is None, inputs is not mk.NVFP4)]
+    run(x.half())
+    assert len(asked) == 1, "rows of 16-bit floats that are split into two stay where they are"

@@ -15,7 +15,7 @@ from .dispatch import check_device, check_float, check_last_stride, check_type, 
 from .packing import PackedWeight
 from .reference import moe as reference
 from .tuned import wgmma
-from .tuning import GATHERED, specialized_from
+from .tuning import slots_from
 
 
 @torch.library.custom_op("mx_kernels::gather_rows", mutates_args=())
@@ -70,8 +70,8 @@ def layer_slots(w13: object, w2: object, tiles: Alignment, *, plain: bool, order
     """Whether x should be gathered for GEMM 1, and whether h should be kept in slot order for GEMM 2: (False, False) but for packed
     weights on a device with warpgroup products and as many pairs an expert as blocks of 256 are for.
 
-    plain: x is bf16, GEMM 1 multiplies it as it is and does not round its result.
-    ordered: nothing between the GEMMs looks at all rows of h.
+    x is bf16. plain: GEMM 1 multiplies it as it is and does not round its result. ordered: nothing between the GEMMs looks at all rows
+    of h.
     """
     return plain and _faster(w13, tiles, True), ordered and _faster(w2, tiles, False)
 
@@ -82,7 +82,4 @@ def _faster(w: object, tiles: Alignment, gather: bool) -> bool:
         return False
     p = w.problem(tiles.num_pairs, w.shape[0])
     bf16 = w.format is not None or w.dtype == torch.bfloat16
-    if (gather and p.n < GATHERED) or not bf16 or not wgmma(w.data.device):
-        return False
-    least = specialized_from(p, True)
-    return 0 < least * p.num_experts <= p.num_pairs
+    return bf16 and wgmma(w.data.device) and 0 < slots_from(p, gather) * p.num_experts <= p.num_pairs

@@ -98,6 +98,12 @@ def specialized_from(p: Problem, slots: bool) -> int:
     return 512 if slots else 768
 
 
+def slots_from(p: Problem, gather: bool) -> int:
+    """Pairs an expert from which on a layer has the rows of this product in slot order, 0 for never. gather: they have to be brought
+    there."""
+    return 0 if gather and p.n < GATHERED else specialized_from(p, True)
+
+
 def shared_bytes(c: Config, p: Problem) -> int:
     """Shared memory of a program: activations in every stage; codes and scales, which go on to registers, in one fewer."""
     codes = {"e2m1": 0.5, "": 2.0}.get(p.element, 1.0) * c.rows * c.step
@@ -151,9 +157,7 @@ def choose_config(
     least = specialized_from(p, slots) if specialized and pairs == 256 and shared >= SHARED else 0
     if least and p.num_pairs >= least * p.num_experts:
         wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
-        held = 1 << (
-            24 if p.element else 23
-        )  # bytes of x that those who walk together may take of the second-level cache
+        held = 16 << 20 if p.element else 8 << 20  # bytes of x of those who walk together, in the second-level cache
         group = max(1, min(8, held // (2 * pairs * p.k))) if wide else 1
         return Config(256, 128, 64, 4, 4, group=group, specialized=True)
     while c.stages > 2 and shared_bytes(c, p) > shared:

@@ -138,22 +138,8 @@ def grouped_gemm_packed(
     plan = plan_packed(
         *(x, w, w_scale, w_alpha, w_shift, w_global, w_format, n, k, w_gated, w_layout),
         *(sorted_ids, expert_ids, num_padded),
-        *(
-            block_size,
-            num_pairs,
-            tokens,
-            top_k,
-            bias,
-            act,
-            gated,
-            alpha,
-            beta,
-            limit,
-            row_weight,
-            round_to,
-            rule,
-            to_slots,
-        ),
+        *(block_size, num_pairs, tokens, top_k, bias, act, gated, alpha, beta, limit),
+        *(row_weight, round_to, rule, to_slots),
         *(out_dtype, config),
     )
     partial = counter = y
@@ -182,22 +168,8 @@ def plan_packed(
     route = DENSE if expert_ids is None else SORTED if sorted_ids is not None else SELF
     key = (
         *(x.shape, x.stride(), w.shape, w.dtype, w_format, n, k, w_gated, w_layout, route.value, blocks, block_size),
-        *(
-            num_pairs,
-            tokens,
-            top_k,
-            act,
-            gated,
-            alpha,
-            beta,
-            limit,
-            round_to,
-            rule,
-            to_slots,
-            out_dtype,
-            x.device,
-            config,
-        ),
+        *(num_pairs, tokens, top_k, act, gated, alpha, beta, limit, round_to, rule, to_slots),
+        *(out_dtype, x.device, config),
         *(w_alpha is None, row_weight is None, None if bias is None else bias.dtype, aligned),
     )
     plan = _plans.get(key)
@@ -264,29 +236,20 @@ def _plan(
         if kind == "" and out_dtype.itemsize > 2:  # float32 results take more room on their way out
             c = replace(c, stages=min(c.stages, 3))
         from .specialized import _grouped_gemm_specialized_kernel
-        from .specialized_load import BOX, ROWS, STRIPS
+        from .specialized_load import BOX, LINES, ROWS
 
         sizes = (experts, n, k, strips, *strides, stride[-2], num_pairs, c.group, alpha, beta, limit)
         constants = (
             *(c.pairs, kind, problem.block, tail, c.stages, w_layout == "interleaved", act, limit != math.inf),
-            *(
-                not no_alpha,
-                bias is not None,
-                not no_weight,
-                largest >= 2**31,
-                top_k,
-                to_slots,
-                takes_registers(),
-                *ROLES[top_k == 0],
-            ),
+            *(not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots),
+            *(takes_registers(), *ROLES[top_k == 0]),
         )
         programs, options = min(units, blocks * -(-strips // 8)), {"num_warps": c.warps}
         boxes: Boxes = ()
-        if top_k == 0 and kind == "":
-            boxes = (0, (shape[0], k), (BOX.value, 64)), (1, (experts * rows, k), (ROWS.value, 64))
-        elif top_k == 0:
-            lines = experts * w_shape[1] * strips * 4
-            boxes = (0, (shape[0], k), (BOX.value, 64)), (1, (lines, 32), (4 * STRIPS.value, 32))
+        if top_k == 0:
+            lines = experts * w_shape[1] * strips * 4  # of 32 words
+            weight = ((experts * rows, k), (ROWS.value, 64)) if kind == "" else ((lines, 32), (LINES.value, 32))
+            boxes = (0, (shape[0], k), (BOX.value, 64)), (1, *weight)
         return _Plan(_grouped_gemm_specialized_kernel, sizes, constants, options, programs, 0, 0, device, boxes)
     if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
         c = replace(c, warps=8)
@@ -304,31 +267,9 @@ def _plan(
         *(alpha, beta, limit),
     )
     constants = (
-        *(
-            c.pairs,
-            parts,
-            c.rows,
-            c.step,
-            kind,
-            problem.block,
-            route,
-            c.split,
-            c.group,
-            c.levels,
-            tail,
-            strips * 16 < c.rows,
-        ),
-        *(
-            c.mask,
-            count,
-            c.evict,
-            w_gated,
-            w_layout == "interleaved",
-            act,
-            limit != math.inf,
-            not no_alpha,
-            bias is not None,
-        ),
+        *(c.pairs, parts, c.rows, c.step, kind, problem.block, route, c.split, c.group, c.levels, tail),
+        *(strips * 16 < c.rows, c.mask, count, c.evict, w_gated, w_layout == "interleaved", act, limit != math.inf),
+        *(not no_alpha, bias is not None),
         *(not no_weight, FORMATS[round_to].element.name if round_to else "", rule),
         *(largest >= 2**31, top_k, to_slots, pdl, ptx, wgmma and kind != "" and takes_registers(), INTERPRET),
     )
@@ -353,9 +294,9 @@ def boxed(given: Sequence[Any], boxes: Boxes) -> Sequence[Any]:
     """A launch's tensors, or their addresses, those that ``boxes`` names described for the copy engine."""
     if not boxes:
         return given
-    from .specialized_load import boxed as described
+    from .specialized_load import descriptor
 
     given = [*given]
     for place, shape, box in boxes:
-        given[place] = described(given[place], shape, box)
+        given[place] = descriptor(given[place], shape, box)
     return given

@@ -22,7 +22,7 @@ BK: gl.constexpr = gl.constexpr(64)
 ROWS: gl.constexpr = gl.constexpr(128)
 BOX: gl.constexpr = gl.constexpr(64)  # rows of x that one copy of the engine brings
 TABLE: gl.constexpr = gl.constexpr(1024)  # blocks whose place is looked up
-STRIPS: gl.constexpr = gl.constexpr(4)  # of codes, likewise: 16 rows of 32 words
+LINES: gl.constexpr = gl.constexpr(16)  # of codes, likewise, of 32 words: four strips
 
 
 def box_layout(columns: int) -> gl.NVMMASharedLayout:
@@ -40,7 +40,7 @@ class _Address:
         return self.address
 
 
-def boxed(base: Tensor | int, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
+def descriptor(base: Tensor | int, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
     """A contiguous matrix of words or bf16, or what lies at an address, for the copy engine."""
     held = base if isinstance(base, Tensor) else _Address(base, box[1])
     return TensorDescriptor(held, [*shape], [shape[1], 1], [*box], box_layout(box[1]))
@@ -200,8 +200,8 @@ def _load_boxes(
         else:
             mbarrier.expect(full.index(stage), 2 * N * BK + PARTS * ROWS * 32)
             for i in gl.static_range(ROWS // 64 * PARTS):  # all columns of the first four strips, then of the others
-                row = w_row + (k0 * PARTS // BK + i % PARTS) * (w_step // 32) + i // PARTS * 16
-                _copy_box(w, [row, 0], full.index(stage), ws.index(stage).slice(i * 16, 16, 0))
+                row = w_row + (k0 * PARTS // BK + i % PARTS) * (w_step // 32) + i // PARTS * LINES
+                _copy_box(w, [row, 0], full.index(stage), ws.index(stage).slice(i * LINES, LINES, 0))
         for i in gl.static_range(N // BOX):
             _copy_box(x, [first + i * BOX, k0], full.index(stage), xs.index(stage).slice(i * BOX, BOX, 0))
         if KIND != "":

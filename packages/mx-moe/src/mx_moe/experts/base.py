@@ -105,13 +105,10 @@ def fused_moe(
     tiles = ops.moe_align_block_size(routing.ids, rows, weights.num_experts, weights.expert_map)
     f = inputs.requantize()
     w2 = weights.w2() if isinstance(w13, mk.PackedWeight) else None
-    gathered, ordered = mk.layer_slots(
-        w13,
-        w2,
-        tiles,
-        plain=inputs.format is None and dtype == torch.bfloat16,
-        ordered=inputs.format is None or f is not None,
-    )
+    gathered, ordered = False, False
+    if w2 is not None and dtype == torch.bfloat16:
+        plain = inputs.format is None
+        gathered, ordered = mk.layer_slots(w13, w2, tiles, plain=plain, ordered=plain or f is not None)
     x = _prepare(x, inputs, 0, ops)
     if gathered:
         x = ops.gather_rows(x, tiles, top_k=k)

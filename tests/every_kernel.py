@@ -189,7 +189,23 @@ def rebased() -> None:
                 epilogue = mk.Epilogue(activation=SWIGLU_OAI, requantize_to=mk.MXFP8)
                 h = mk.grouped_gemm_rebased(rows, mk.rebase(w13, gated=True), tiles, epilogue=epilogue)
                 y = mk.grouped_gemm_rebased(mk.rebase_rows(h, tiles), mk.rebase(w2), tiles, scatter=True)
+                rebased_at_once(mk.RebasedLayer(mk.rebase(w13, gated=True), mk.rebase(w2), SWIGLU_OAI), x, ids)
             finite(mk.combine(y, tiles))
+
+
+def rebased_at_once(layer: mk.RebasedLayer, x: torch.Tensor, ids: torch.Tensor) -> None:
+    """``layer.launch``, after its steps have compiled what it launches."""
+    route = torch.rand(ids.shape).cuda()
+    tiles = mk.moe_align_block_size(ids, mk.rebased_block_size(ids.numel(), layer.w13), EXPERTS, sort=True)
+    rows = mk.rebase_rows(x, tiles, top_k=TOP_K)
+    epilogue = mk.Epilogue(activation=layer.activation, requantize_to=mk.MXFP8)
+    h = mk.grouped_gemm_rebased(rows, layer.w13, tiles, epilogue=epilogue)
+    epilogue = mk.Epilogue(row_weight=route.flatten())
+    y = mk.grouped_gemm_rebased(mk.rebase_rows(h, tiles), layer.w2, tiles, epilogue=epilogue, scatter=True)
+    finite(mk.combine(y, tiles))
+    out = layer.launch(x, ids, route)
+    assert out is not None, "the steps have compiled every kernel of the layer"
+    finite(out)
 
 
 PARTS = {

@@ -147,6 +147,7 @@ def test_a_split_product_repeats_itself(monkeypatch, fmt):
     rebased = pytest.importorskip("mx_kernels.kernels.rebased")
     splits, split_of = [], rebased._split_of
     monkeypatch.setattr(rebased, "_split_of", lambda *args: splits.append(split_of(*args)) or splits[-1])
+    rebased.plan_product.cache_clear()
     for tokens, act in ((1, None), (3, SWIGLU_OAI), (16, None)):
         x, w13, _, ids, _ = _inputs("cuda", tokens=tokens, experts=4, top_k=2, hidden=14336, width=256, fmt=fmt)
         tiles = mk.moe_align_block_size(ids, 16, 4, sort=True)
@@ -282,8 +283,8 @@ def test_rebase_rows_compiles(aot, dtype, k, codes):
 
     first, rest = rebased._split(k)
     signature = {
-        "x": "*fp8e4nv" if codes else f"*{dtype}", "x_stride": "i32", "x_scale": "*u8", "out": "*fp8e4nv", "scale": "*fp32",
-        "sorted_ids": "*i32", "num_padded": "*i32", "n_pairs": "i32", "top_k": "i32",
+        "x": "*fp8e4nv" if codes else f"*{dtype}", "x_scale": "*u8", "out": "*fp8e4nv", "scale": "*fp32",
+        "sorted_ids": "*i32", "num_padded": "*i32", "x_stride": "i32", "n_pairs": "i32", "top_k": "i32",
     }  # fmt: skip
     rows = rebased._rows_of_a_program(first)
     constants = {"K": k, "R": rows, "FIRST": first, "REST": rest, "CODES": codes, "LISTED": True, "GATHER": not codes}

@@ -59,16 +59,25 @@ def make_input(tokens, device="cpu"):
 # --- which launches, without a GPU ---
 
 
+def address(given):
+    """Of a tensor or of what a descriptor describes; an address and None are what they are."""
+    given = getattr(given, "base", given)
+    return given.data_ptr() if hasattr(given, "data_ptr") else given
+
+
 class Ledger:
-    """Stands in for launching: (Launch, the addresses it was given), and takes kernels as compiled once they were launched."""
+    """Stands in for launching: (Launch, the addresses it was given), and takes kernels as compiled once they were launched.
+
+    given: of each launch that is no layer's the tensors and descriptors themselves, of a layer's the addresses and descriptors.
+    """
 
     def __init__(self, monkeypatch):
         from mx_kernels.kernels import combine as combine_kernel
         from mx_kernels.kernels import launch
         from mx_kernels.kernels import moe as kernel
 
-        self.calls = []
-        for module in ("align", "combine", "packed_gemm", "moe", "slots"):
+        self.calls, self.given = [], []
+        for module in ("align", "combine", "packed_gemm", "moe", "rebase", "slots"):
             monkeypatch.setattr(importlib.import_module(f"mx_kernels.{module}"), "direct", lambda *tensors: True)
         monkeypatch.setattr(combine_kernel, "target", lambda device: launch.Target(True, True, 132))
         monkeypatch.setattr(importlib.import_module("mx_kernels.align"), "has_triton", lambda: True)
@@ -77,14 +86,18 @@ class Ledger:
         monkeypatch.setattr(kernel, "ready", lambda device: True)
         monkeypatch.setattr(kernel, "current_stream", lambda device: 0)
         monkeypatch.setattr(launch.Launch, "__call__", lambda run, *tensors: self.step(run, tensors))
-        monkeypatch.setattr(launch.Launch, "run", lambda run, stream, places: self.calls.append((run, [*places])))
+        monkeypatch.setattr(launch.Launch, "run", lambda run, stream, places: self.record(run, places))
 
     def step(self, run, tensors):
         run.compiled = run
-        self.calls.append((run, [t.data_ptr() if isinstance(t, torch.Tensor) else t for t in tensors]))
+        self.record(run, tensors)
+
+    def record(self, run, given):
+        self.calls.append((run, [*map(address, given)]))
+        self.given.append([*given])
 
     def take(self):
-        calls, self.calls = self.calls, []
+        calls, self.calls, self.given = self.calls, [], []
         return calls
 
 
@@ -152,7 +165,7 @@ def test_the_launches_of_the_steps_in_slot_order(monkeypatch, orders):
     capacity = mk.moe_align_block_size(
         ids, mk.block_size(ids.numel(), E, x.device, layer.w13), E, sort=True
     ).sorted_ids.numel()
-    plan = kernel._plan(layer, x, ids, weights)
+    plan = kernel.plan(layer, x, ids, weights)
     rows = [capacity if order else ids.numel() for order in (orders[1], orders[0])]
     assert plan.offsets[1] >= rows[0] * I * 2
     assert plan.offsets[2] - plan.offsets[1] >= rows[1] * H * 2
@@ -167,7 +180,7 @@ def test_parts_of_the_workspace_do_not_overlap(monkeypatch):
     ledger = Ledger(monkeypatch)
     for tokens, layer in itertools.product((1, 3, 40, 700, 5000), layers):
         x, ids, weights = make_input(tokens)
-        plan = kernel._plan(layer, x, ids, weights)
+        plan = kernel.plan(layer, x, ids, weights)
         assert plan.offsets == tuple(sorted(plan.offsets))
         assert all(offset % 256 == 0 for offset in plan.offsets)
         pairs = tokens * K

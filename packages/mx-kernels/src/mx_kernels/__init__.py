@@ -32,10 +32,18 @@ from .layouts import (
     unswizzle_cdna4,
     unswizzle_hopper,
 )
-from .moe import PackedLayer
+from .moe import PackedLayer, RebasedLayer
 from .packing import PackedWeight, pack
 from .quantize import compute_global_scale, dequantize, quantize, quantize_dequantize
-from .rebase import REBASED_ACTIVATIONS, REBASED_FORMATS, RebasedWeight, grouped_gemm_rebased, rebase, rebase_rows
+from .rebase import (
+    REBASED_ACTIVATIONS,
+    REBASED_FORMATS,
+    RebasedWeight,
+    grouped_gemm_rebased,
+    rebase,
+    rebase_rows,
+    rebased_block_size,
+)
 from .slots import gather_rows, layer_slots
 from .tensor import QuantizedTensor
 
@@ -62,6 +70,7 @@ __all__ = [
     "PackedLayer",
     "PackedWeight",
     "QuantizedTensor",
+    "RebasedLayer",
     "RebasedWeight",
     "ScaleRule",
     "Unsupported",
@@ -83,6 +92,7 @@ __all__ = [
     "quantize_dequantize",
     "rebase",
     "rebase_rows",
+    "rebased_block_size",
     "reference",
     "swizzle_8x4",
     "swizzle_128x4",

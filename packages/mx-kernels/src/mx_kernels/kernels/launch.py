@@ -16,7 +16,6 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tuned import wgmma
 
@@ -125,6 +124,18 @@ class Launch:
         return None
 
 
+@dataclass(frozen=True)
+class Address:
+    """What a descriptor for the copy engine (TMA) asks of its tensor, where only the address is known."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.address
+
+
 def ready(device: torch.device) -> bool:
     """Whether ``device`` is the current one, and no profiler wants to hear of every launch (only Triton's dispatch tells it)."""
     hooks = triton.knobs.runtime
@@ -139,12 +150,8 @@ def current_stream(device: torch.device) -> int:
 
 
 def _kind(a: Any) -> Any:
-    """What Triton compiles for: dtypes and numbers; of a TMA descriptor what it describes."""
-    if isinstance(a, Tensor):
-        return a.dtype
-    if isinstance(a, TensorDescriptor):
-        return a.base.dtype, *a.block_shape
-    return a
+    """What Triton compiles for: dtypes and numbers."""
+    return a.dtype if isinstance(a, Tensor) else a
 
 
 _LAUNCHES = 4096  # that are remembered

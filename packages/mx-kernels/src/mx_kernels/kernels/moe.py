@@ -1,4 +1,5 @@
-"""The launches of an MoE layer on packed weights, planned once for each number of tokens: ``moe.py`` says what for.
+"""The launches of an MoE layer, planned once for each number of tokens: ``moe.py`` says what for. Here for packed weights, in
+``rebased_moe.py`` for re-based ones.
 
 One workspace holds what passes from step to step (the alignment, h [P, I], y [P, H], partial sums, or x and h with a row a slot), 256
 bytes apart; the kernels get addresses. P = T * k pairs.
@@ -9,8 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,44 +27,50 @@ from . import align, combine, grouped_gemm, slots
 from .launch import Launch, current_stream, ready
 
 if TYPE_CHECKING:
-    from ..moe import PackedLayer
+    from ..moe import PackedLayer, RebasedLayer
 
 GIVEN = ("x", "ids", "weights", "out")
 
 
+Describe = Callable[[list[Any]], Sequence[Any]]
+Named = tuple[Launch, tuple[str, ...], Describe | None]
+
+
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What a call of the layer does.
 
     launches: each with the places of its tensors in the list of addresses, which has GIVEN, the layer's tensors, the workspace's parts
-    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None; and with those of them that are
-    described for the copy engine (``grouped_gemm._Plan.boxes``). size: of the workspace, in bytes.
+    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None; and with what describes those of them
+    that the copy engine loads, if any. size: of the workspace, in bytes.
     """
 
-    launches: tuple[tuple[Launch, tuple[int, ...], grouped_gemm.Boxes], ...]
+    launches: tuple[tuple[Launch, tuple[int, ...], Describe | None], ...]
     offsets: tuple[int, ...]
     size: int
     counters: int
 
 
 _PLANS = 4096  # that are remembered
-_plans: dict[tuple[object, ...], _Plan] = {}
+_plans: dict[tuple[object, ...], Plan] = {}
 
 
 def launch(
-    layer: PackedLayer,
+    planned: Callable[..., Plan],  # of the layer, x, ids and weights, and of options that it takes
+    layer: PackedLayer | RebasedLayer,
     x: Tensor,  # [T, H]
     ids: Tensor,  # [T, k]
     weights: Tensor,  # [T, k]
+    *options: object,
 ) -> Tensor | None:  # [T, H]
     """The layer's result, or None where a kernel is not compiled yet or Triton's dispatch has to see the launch."""
     device = x.device
-    key = (layer.key, ids.shape, x.stride(0))
+    key = (layer.key, ids.shape, x.stride(0), x.dtype, *options)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _PLANS:
             _plans.clear()
-        plan = _plans[key] = _plan(layer, x, ids, weights)
+        plan = _plans[key] = planned(layer, x, ids, weights, *options)
     for run, _, _ in plan.launches:
         if run.compiled is None:
             return None
@@ -77,18 +85,31 @@ def launch(
     addresses += [base + offset for offset in plan.offsets]
     addresses += [grouped_gemm.counters(device, plan.counters).data_ptr() if plan.counters else None, None]
     stream = current_stream(device)
-    for run, places, boxes in plan.launches:
-        run.run(stream, grouped_gemm.boxed([addresses[i] for i in places], boxes))
+    for run, places, describe in plan.launches:
+        given = [addresses[i] for i in places]
+        run.run(stream, given if describe is None else describe(given))
     return out
 
 
-def _plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> _Plan:
+def plan_of(layer: PackedLayer | RebasedLayer, launches: list[Named], parts: dict[str, int], counters: int) -> Plan:
+    """Launches with the names of their tensors, and the bytes of the workspace's parts, as a plan; a name that is nowhere is None."""
+    ends = [*itertools.accumulate(-(-size // 256) * 256 for size in parts.values())]
+    place = {name: i for i, name in enumerate((*GIVEN, *layer.tensors, *parts, "counters"))}
+    return Plan(
+        tuple((run, tuple(place.get(name, -1) for name in names), describe) for run, names, describe in launches),
+        (0, *ends[:-1]),
+        ends[-1],
+        counters,
+    )
+
+
+def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     """What the five steps would launch, in their order."""
     (tokens, hidden), k, pairs, device, dtype = x.shape, ids.shape[1], ids.numel(), x.device, x.dtype
     w13, w2, expert_map = layer.w13, layer.w2, layer.expert_map
     experts, width = w13.shape[0], w2.shape[2]
     num_global = None if expert_map is None else expert_map.shape[0]
-    launches: list[tuple[Launch, tuple[str, ...], grouped_gemm.Boxes]] = []
+    launches: list[Named] = []
     rows = block_size(pairs, experts, device, w13)
     parts = {"h": 0, "y": 0}  # bytes in the workspace, set below
     if stays_unsorted(ids, experts, expert_map, True):
@@ -97,7 +118,7 @@ def _plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> _Plan:
     else:
         where = ("sorted_ids", "expert_ids", "num_padded")
         sort = align.plan(pairs, rows, experts, num_global, device)
-        launches += ((run, names, ()) for run, names in sort.launches)
+        launches += ((run, names, None) for run, names in sort.launches)
         parts |= {name: 4 * size for name, size in sort.sizes.items()}
         shapes = (torch.empty(sort.sizes[name], dtype=torch.int32, device="meta") for name in where)
         tiles = Alignment(ids, experts, rows, *shapes, expert_map)
@@ -107,7 +128,7 @@ def _plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> _Plan:
     if gathered:
         source = "y"  # the same memory: GEMM 2 writes after GEMM 1 has read
         gather = slots.plan(capacity, hidden, dtype, x.stride(0), False, pairs, k, device)
-        launches.append((gather, ("x", "y", "x", "y", "sorted_ids", "num_padded"), ()))
+        launches.append((gather, ("x", "y", "x", "y", "sorted_ids", "num_padded"), None))
         x = torch.empty((capacity, hidden), dtype=dtype, device=device)
     h = torch.empty((capacity if ordered else pairs, width), dtype=dtype, device=device)
     parts |= {"h": h.nbytes, "y": (capacity if gathered else pairs) * hidden * x.element_size()}
@@ -124,15 +145,8 @@ def _plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> _Plan:
             *(partial, counters),
         )
         there = {*GIVEN, *layer.tensors, *parts, "counters"}
-        launches.append((product.launch, tuple(name if name in there else result for name in names), product.boxes))
+        describe = functools.partial(grouped_gemm.boxed, boxes=product.boxes) if product.boxes else None
+        launches.append((product.launch, tuple(name if name in there else result for name in names), describe))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
-    launches.append((total, ("y", "ids", "expert_map", "", "out"), ()))
-
-    ends = [*itertools.accumulate(-(-size // 256) * 256 for size in parts.values())]
-    place = {name: i for i, name in enumerate((*GIVEN, *layer.tensors, *parts, "counters"))}
-    return _Plan(
-        tuple((run, tuple(place.get(name, -1) for name in names), boxes) for run, names, boxes in launches),
-        (0, *ends[:-1]),
-        ends[-1],
-        max(p.tiles if p.partial else 0 for p in (one, two)),
-    )
+    launches.append((total, ("y", "ids", "expert_map", "", "out"), None))
+    return plan_of(layer, launches, parts, max(p.tiles if p.partial else 0 for p in (one, two)))

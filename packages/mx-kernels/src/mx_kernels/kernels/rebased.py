@@ -11,7 +11,11 @@ arrive by TMA; MXFP4's words are decoded in registers (``rebased_fp4.py`` has th
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +29,7 @@ from .bits import e8m0_reciprocal, e8m0_value
 from .dot import drained
 from .finish import activated
 from .grouped_gemm import counters
-from .launch import launch, takes_registers, target
+from .launch import Address, Launch, takes_registers, target
 from .slots import gather_rows, slots
 
 
@@ -68,7 +72,7 @@ def _store_blocks(out, live, start, v, e, top, K: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def _rebase_rows_kernel(
-    x, x_stride, x_scale, out, scale, sorted_ids, num_padded, n_pairs, top_k,
+    x, x_scale, out, scale, sorted_ids, num_padded, x_stride, n_pairs, top_k,
     K: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, CODES: tl.constexpr, LISTED: tl.constexpr,
     GATHER: tl.constexpr,
 ):  # fmt: skip
@@ -109,6 +113,11 @@ COPIED = 1 << 26
 """Codes from which on tokens are re-based once each and copied to their slots, instead of once a slot: two launches."""
 
 
+def copies(pairs: int, k: int, top_k: int) -> bool:
+    """Whether tokens of K codes are re-based once each and copied."""
+    return top_k > 1 and pairs * k >= COPIED
+
+
 def rebase_rows(
     x: Tensor, x_scale: Tensor | None, sorted_ids: Tensor | None, num_padded: Tensor | None, num_pairs: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +125,7 @@ def rebase_rows(
     arguments."""
     _needs_fp8(x.device)
     k, rows = x.shape[1], x.shape[0] if sorted_ids is None else sorted_ids.shape[0]
-    if top_k > 1 and num_pairs * k >= COPIED:
+    if copies(num_pairs, k, top_k):
         assert sorted_ids is not None
         assert num_padded is not None
         codes, once = rebase_rows(x, x_scale, None, None, 0, 0)
@@ -127,16 +136,27 @@ def rebase_rows(
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if not rows or not k:
         return out, scale
-    first, rest = _split(k)
-    r = _rows_of_a_program(first)
     coded, listed = x_scale is not None, sorted_ids is not None
-    launch(
-        _rebase_rows_kernel, (-(-rows // r),), x.device, x.view(torch.float8_e4m3fn) if coded else x, x.stride(0),
-        x_scale if coded else out, out.view(torch.float8_e4m3fn), scale, sorted_ids if listed else scale,
-        num_padded if listed else scale, num_pairs if listed else rows, top_k or 1,
-        K=k, R=r, FIRST=first, REST=rest, CODES=coded, LISTED=listed, GATHER=top_k > 0, num_warps=_warps(first, r),
+    run = plan_rows(rows, k, x.dtype, x.stride(0), coded, num_pairs if listed else None, top_k, x.device)
+    run(
+        *(x.view(torch.float8_e4m3fn), x_scale) if coded else (x, out), out.view(torch.float8_e4m3fn), scale,
+        *(sorted_ids, num_padded) if listed else (scale, scale),
     )  # fmt: skip
     return out, scale
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_rows(
+    rows: int, k: int, dtype: torch.dtype, stride: int, coded: bool, pairs: int | None, top_k: int, device: torch.device
+) -> Launch:
+    """The launch for (x, x_scale, out, scale, sorted_ids, num_padded): out's bytes for x_scale where x is not ``coded``, and scale for
+    the last two where there is no tile list, ``pairs`` None."""
+    first, rest = _split(k)
+    r = _rows_of_a_program(first)
+    return Launch(
+        _rebase_rows_kernel, (-(-rows // r),), device, stride, rows if pairs is None else pairs, top_k or 1,
+        K=k, R=r, FIRST=first, REST=rest, CODES=coded, LISTED=pairs is not None, GATHER=top_k > 0, num_warps=_warps(first, r),
+    )  # fmt: skip
 
 
 def _rows_of_a_program(first: int) -> int:
@@ -355,6 +375,59 @@ def _split_of(n: int, k: int, experts: int, pairs: int, rows: int, step: int, de
     return max(found, default=1)
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product without its tensors. launch: for (x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded,
+    bias, row_weight, partial, counter), y where absent (sorted_ids for counter).
+
+    boxes: of x, and of w where it is E4M3, described for the copy engine: (shape, that of a box). partial: float32 values, and
+    counters: int32 zeros, of a split K.
+    """
+
+    launch: Launch
+    boxes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    partial: int
+    counters: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_product(
+    capacity: int, k: int, experts: int, n: int, fp4: bool, block_m: int, pairs: int, bias: torch.dtype | None, weighted: bool,
+    scatter: bool, activation: str, alpha: float, beta: float, limit: float, promote: bool, quantize: bool, out_dtype: torch.dtype,
+    device: torch.device, wgmma: bool, config: tuple[tuple[str, int | bool], ...],
+) -> Product:  # fmt: skip
+    """Everything about a product's launch that follows from sizes; the arguments of ``grouped_gemm_rebased``."""
+    promote = promote or (fp4 and block_m < 64)  # where it costs next to nothing
+    c = {**tile_config(block_m, promote, fp4, quantize), **dict(config)}
+    bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
+    split = c.pop("SPLIT", 0) or _split_of(n, k, experts, pairs, bn, bk, device)
+    slots = -(-(capacity // block_m) // group) * group * -(-n // bn)
+    run = Launch(
+        _grouped_gemm_rebased_kernel, (slots * split,), device, pairs, n, n // 2 if activation else n,
+        K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SPLIT=split, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
+        DRAIN=wgmma and takes_registers(),
+        BIAS=bias is not None, WEIGHTED=weighted, SCATTER=scatter, QUANTIZE=quantize,
+        GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,
+    )  # fmt: skip
+    boxes = (((capacity, k), (block_m, bk)), ((experts * n, k), (bn, bk)))
+    return Product(
+        run, boxes[: 1 if fp4 else 2], slots * split * block_m * bn if split > 1 else 0, slots if split > 1 else 0
+    )
+
+
+def boxed(given: list[Any], product: Product) -> Sequence[Any]:
+    """The addresses of a product's tensors, those of its boxes described for the copy engine."""
+    for place, (shape, box) in enumerate(product.boxes):
+        given[place] = _descriptor(given[place], shape, box)
+    return given
+
+
+@functools.lru_cache(maxsize=4096)
+def _descriptor(address: int, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
+    """A contiguous matrix of E4M3 at an address; what is remembered holds no memory."""
+    return TensorDescriptor(Address(address, torch.float8_e4m3fn), [*shape], [shape[1], 1], [*box])
+
+
 def grouped_gemm_rebased(
     x: Tensor, x_scale: Tensor, w: Tensor, w_octaves: Tensor | None, w_scale: Tensor, sorted_ids: Tensor, expert_ids: Tensor,
     num_padded: Tensor, block_m: int, num_pairs: int, *, bias: Tensor | None = None, row_weight: Tensor | None = None,
@@ -365,32 +438,26 @@ def grouped_gemm_rebased(
     ``quantize`` codes and scale bytes of MXFP8, otherwise the second is empty."""
     _needs_fp8(x.device)
     (experts, n), k, fp4 = w_scale.shape, x.shape[1], w_octaves is not None
-    promote = promote or (fp4 and block_m < 64)  # where it costs next to nothing
     n_out = n // 2 if activation else n
     rows, fp8 = num_pairs if scatter else x.shape[0], torch.float8_e4m3fn
     y = torch.empty(rows, n_out, dtype=torch.uint8 if quantize else out_dtype, device=x.device)
     y_scale = torch.empty((rows, n_out // 32) if quantize else 0, dtype=torch.uint8, device=x.device)
-    tiles = x.shape[0] // block_m
-    if tiles == 0 or y.numel() == 0:
+    if x.shape[0] < block_m or y.numel() == 0:
         return y, y_scale
-    wgmma = target(x.device).wgmma
-    c = {**tile_config(block_m, promote, fp4, quantize), **(config or {})}
-    bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
-    split = c.pop("SPLIT", 0) or _split_of(n, k, experts, num_pairs, bn, bk, x.device)
-    slots = -(-tiles // group) * group * -(-n // bn)
+    p = plan_product(
+        x.shape[0], k, experts, n, fp4, block_m, num_pairs, None if bias is None else bias.dtype, row_weight is not None,
+        scatter, activation, alpha, beta, limit, promote, quantize, out_dtype, x.device, target(x.device).wgmma,
+        tuple((config or {}).items()),
+    )  # fmt: skip
     partial, counter = y, sorted_ids
-    if split > 1:
-        partial, counter = torch.empty(slots * split * block_m * bn, device=x.device), counters(x.device, slots)
-    grid = (slots * split,)
-    weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), [bn, bk])
-    launch(
-        _grouped_gemm_rebased_kernel, grid, x.device,
-        TensorDescriptor.from_tensor(x.view(fp8), [block_m, bk]), weights, w_octaves if fp4 else y,
-        x_scale, w_scale, y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
-        row_weight if row_weight is not None else y, partial, counter, num_pairs, n, n_out,
-        K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SPLIT=split, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
-        DRAIN=wgmma and takes_registers(),
-        BIAS=bias is not None, WEIGHTED=row_weight is not None, SCATTER=scatter, QUANTIZE=quantize,
-        GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,
+    if p.partial:
+        partial = torch.empty(p.partial, dtype=torch.float32, device=x.device)
+        counter = counters(x.device, p.counters)
+    boxes = [[*box] for _, box in p.boxes]
+    weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), boxes[1])
+    p.launch(
+        TensorDescriptor.from_tensor(x.view(fp8), boxes[0]), weights, w_octaves if fp4 else y, x_scale, w_scale,
+        y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
+        row_weight if row_weight is not None else y, partial, counter,
     )  # fmt: skip
     return y, y_scale

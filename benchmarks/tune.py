@@ -105,7 +105,9 @@ class Operands:
         """``packed_product`` with a given configuration, of rows in slot order where a layer has them so: GEMM 1's are gathered."""
         import mx_kernels.kernels.grouped_gemm as kernel
 
-        boxed = c.specialized and slots_from(w.problem(tiles.num_pairs, shape.experts), job_gemm == 1) > 0
+        boxed = (
+            c.specialized and slots_from(w.problem(tiles.num_pairs, shape.experts), job_gemm == 1, tiles.block_size) > 0
+        )
         if job_gemm == 1:
             epilogue = mk.Epilogue(self.biases[0], shape.activation)
             x = mk.gather_rows(self.x, tiles, top_k=shape.top_k) if boxed else self.x

@@ -49,15 +49,17 @@ def model(shape: Shape, fmt: str, tokens: int, units: int) -> tuple[int, dict[in
     """(pairs of a block, configurations of both GEMMs) that the model takes, measured rows apart."""
     problems = {g: problem_of(shape, fmt, tokens, g) for g in (1, 2)}
     wide = tuned.wgmma(torch.device("cuda", 0))
-    block = 16 if tokens * shape.top_k <= 64 else tuned.model_block(problems[1], wide)
-    slots = {g: slots_from(p, g == 1) > 0 for g, p in problems.items()}
+    block = 16 if tokens * shape.top_k <= 64 else tuned.model_block(problems[1], wide, True)
+    slots = {g: slots_from(p, g == 1, block) > 0 for g, p in problems.items()}
     return block, {g: choose_config(p, block, units, specialized=wide, slots=slots[g]) for g, p in problems.items()}
 
 
 def near(c: Config, pairs: int) -> list[Config]:
     """Every configuration that differs from ``c`` in one respect."""
     if c.specialized:
-        found = [replace(c, stages=s) for s in (3, 4, 5)] + [replace(c, group=g) for g in (1, 4, 8, 16)]
+        found = [replace(c, stages=s) for s in (c.stages - 1, c.stages, c.stages + 1)] + [
+            replace(c, group=g) for g in (1, 4, 8, 16)
+        ]
         return [d for d in found if d != c]
     out = [replace(c, stages=s) for s in (c.stages - 1, c.stages + 1) if s >= 2]
     out += [replace(c, levels=v) for v in (c.levels - 1, c.levels + 1) if v >= 1 and c.pairs >> (v - 1) >= 16]
@@ -111,6 +113,8 @@ def candidates(fmt: str, pairs: int, experts: int, which: str) -> list[Config]:
     if "specialized" in sets and each >= 192 and tuned.wgmma(torch.device("cuda", 0)):
         for stages, group in itertools.product((4,) if plain else (4, 5), (1, 4, 8)):
             out.append(Config(256, 128, 64, 4, stages, group=group, specialized=True))
+    if "specialized" in sets and 48 <= each <= 320 and not plain and tuned.wgmma(torch.device("cuda", 0)):
+        out += [Config(160, 192, 64, 4, stages, group=g, specialized=True) for stages, g in ((6, 1), (5, 1), (6, 2))]
     return out
 
 

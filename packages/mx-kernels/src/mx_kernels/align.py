@@ -105,7 +105,7 @@ def moe_align_block_size(
     """Group the T * k routed pairs by expert into blocks of ``block_size`` rows, each block of one expert.
 
     ids: int32 or int64 [T, k], expert of each pair: rows of the weights, or global ids where ``expert_map`` is given.
-    block_size: a power of two. num_experts: E, experts in the weights.
+    block_size: a power of two or a multiple of 32. num_experts: E, experts in the weights.
     expert_map: int32 [E_global], a global id's row of the weights, -1 where that expert is elsewhere.
 
     A pair is dropped (appears in no block) with a negative id, with the id E (E_global with a map), or with a mapped id of
@@ -120,8 +120,10 @@ def moe_align_block_size(
         raise TypeError(f"ids is {ids.dtype}, needs int32 or int64: cast it with .int()")
     if ids.ndim != 2:
         raise ValueError(f"ids has shape {tuple(ids.shape)}, needs [tokens, experts a token]: reshape it to [T, k]")
-    if block_size < 1 or block_size & (block_size - 1):
-        raise ValueError(f"block_size is {block_size}, needs a power of two (16, 32, 64 or 128 suit the kernels)")
+    if block_size < 1 or (block_size & (block_size - 1) and block_size % 32):
+        raise ValueError(
+            f"block_size is {block_size}, needs a power of two or a multiple of 32 (16, 32, 64, 128, 160 or 256 suit the kernels)"
+        )
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}, needs the number of experts in the weights, at least 1")
     if ids.numel() + num_experts * block_size >= 2**31:

@@ -57,11 +57,17 @@ _SCHEMA = (
 
 
 def block_size(
-    num_pairs: int, num_experts: int, device: torch.device | str, w: Operand | PackedWeight | None = None
+    num_pairs: int,
+    num_experts: int,
+    device: torch.device | str,
+    w: Operand | PackedWeight | None = None,
+    *,
+    slots: bool = False,
 ) -> int:
-    """Rows of a block that suit this many pairs: 16 to 128 (256 for packed 16-bit weights), by the pairs an expert gets.
+    """Rows of a block that suit this many pairs: 16 to 128 (160 and 256 for packed weights), by the pairs an expert gets.
 
-    w: the weight that will be multiplied; packed weights have their own rule (``tuned.py``).
+    w: the weight that will be multiplied first; packed weights have their own rule (``tuned.py``). slots: the layer asks
+    ``layer_slots`` which rows should be in slot order, and multiplies bf16 x as it is.
 
     A block should hold what one expert gets, since the weight is decoded once per block: measured on an H200, 16 rows are
     best up to 8 pairs an expert, 64 up to 128. On the CPU the size only decides how many slots the padding takes: 16.
@@ -69,7 +75,7 @@ def block_size(
     if torch.device(device).type == "cpu":
         return 16
     if isinstance(w, PackedWeight):
-        return block_for(w.problem(num_pairs, num_experts), torch.device(device))
+        return block_for(w.problem(num_pairs, num_experts), torch.device(device), slots)
     for rows, limit in ((16, 8), (32, 32), (64, 128)):
         if num_pairs <= limit * num_experts:
             return rows

@@ -311,6 +311,10 @@ def grouped_gemm_rebased(
     check_type(w, RebasedWeight, "w", "rebase makes one")
     check_type(tiles, Alignment, "tiles", "moe_align_block_size makes one")
     check_out_dtype(out_dtype)
+    if tiles.block_size & (tiles.block_size - 1):
+        raise ValueError(
+            f"the alignment has blocks of {tiles.block_size} pairs, needs a power of two: rebased_block_size says which"
+        )
     data, scale = x
     if data.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (data.shape[0],):
         raise ValueError(

@@ -15,7 +15,7 @@ from .dispatch import check_device, check_float, check_last_stride, check_type, 
 from .packing import PackedWeight
 from .reference import moe as reference
 from .tuned import wgmma
-from .tuning import slots_from
+from .tuning import LARGE, SMALL, slots_from
 
 
 @torch.library.custom_op("mx_kernels::gather_rows", mutates_args=())
@@ -68,7 +68,7 @@ def gather_rows(x: Tensor, tiles: Alignment, *, top_k: int = 1) -> Tensor:  # [M
 
 def layer_slots(w13: object, w2: object, tiles: Alignment, *, plain: bool, ordered: bool) -> tuple[bool, bool]:
     """Whether x should be gathered for GEMM 1, and whether h should be kept in slot order for GEMM 2: (False, False) but for packed
-    weights on a device with warpgroup products and as many pairs an expert as blocks of 256 are for.
+    weights on a device with warpgroup products and as many pairs an expert as blocks of 160 or 256 are for.
 
     x is bf16. plain: GEMM 1 multiplies it as it is and does not round its result. ordered: nothing between the GEMMs looks at all rows
     of h.
@@ -78,8 +78,13 @@ def layer_slots(w13: object, w2: object, tiles: Alignment, *, plain: bool, order
 
 def _faster(w: object, tiles: Alignment, gather: bool) -> bool:
     """Whether the product with w is faster from slots, the gather included where x has to be gathered first."""
-    if not isinstance(w, PackedWeight) or tiles.sorted_ids is None or tiles.block_size != 256 or w.shape[-1] % 64:
+    if (
+        not isinstance(w, PackedWeight)
+        or tiles.sorted_ids is None
+        or tiles.block_size not in (SMALL, LARGE)
+        or w.shape[-1] % 64
+    ):
         return False
     p = w.problem(tiles.num_pairs, w.shape[0])
     bf16 = w.format is not None or w.dtype == torch.bfloat16
-    return bf16 and wgmma(w.data.device) and 0 < slots_from(p, gather) * p.num_experts <= p.num_pairs
+    return bf16 and wgmma(w.data.device) and 0 < slots_from(p, gather, tiles.block_size) * p.num_experts <= p.num_pairs

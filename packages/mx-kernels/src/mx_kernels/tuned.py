@@ -27,8 +27,7 @@ from .tuning import (
     block_pairs,
     choose_config,
     shared_bytes,
-    slots_from,
-    specialized_from,
+    specialized_block,
 )
 
 NEAR = 0.5  # octaves
@@ -80,8 +79,6 @@ ROWS: tuple[Row, ...] = (
         Config(64, 128, 64, 4, 4, levels=2, maxnreg=168), 160.51, 160.56),
     Row(0, Problem("e4m3", 32, 128, 8, 28672, 4096), 64,
         Config(64, 128, 64, 4, 6, levels=2, maxnreg=168), 322.78, 339.28),
-    Row(0, Problem("e4m3", 32, 2048, 8, 4096, 14336), 128, Config(128, 128, 64, 4, 4, levels=3), 614.23, 647.87),
-    Row(0, Problem("e4m3", 32, 2048, 8, 28672, 4096), 128, Config(128, 128, 64, 4, 4, levels=3), 1169.35, 1251.54),
     Row(0, Problem("e4m3", 32, 8192, 128, 1536, 2048), 64,
         Config(64, 128, 64, 4, 5, levels=3, maxnreg=168), 175.82, 181.72),
     Row(0, Problem("e4m3", 32, 8192, 128, 2048, 768), 64,
@@ -159,19 +156,19 @@ def config_for(
     return choose_config(p, block, units, shared, specialized, slots)
 
 
-def block_for(p: Problem, device: torch.device) -> int:
+def block_for(p: Problem, device: torch.device, slots: bool = False) -> int:
     """Pairs of a block of the alignment for a layer whose first weight is ``p``'s: of a near row, else the model's.
 
-    Rows are passed over while tracing, where the number of pairs may be a symbol.
+    slots: its tokens may be brought into slot order. Rows are passed over while tracing, where the number of pairs may be a symbol.
     """
     row = None if torch.compiler.is_compiling() or not ROWS else _row(p, device)
-    return model_block(p, wgmma(device)) if row is None else row.block
+    return model_block(p, wgmma(device), slots) if row is None else row.block
 
 
-def model_block(p: Problem, specialized: bool = False) -> int:
-    """The model's block size. specialized: on a device with ``wgmma``."""
-    least = slots_from(p, True) or specialized_from(p, False) if specialized and p.element else 0
-    return block_pairs(p.num_pairs, p.num_experts, p.element == "", least)
+def model_block(p: Problem, specialized: bool = False, slots: bool = False) -> int:
+    """The model's block size. specialized: on a device with ``wgmma``; slots: tokens may be brought into slot order."""
+    block = specialized_block(p, slots) if specialized and p.element else 0
+    return block or block_pairs(p.num_pairs, p.num_experts, p.element == "")
 
 
 @functools.cache

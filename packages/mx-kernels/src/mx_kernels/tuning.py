@@ -10,10 +10,11 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   go to the tensor cores as they are: there fewer bytes from the second-level cache count, so from r = 96 on one program
   takes 256 pairs.
 - Over long rows (K), where a device has warpgroup products (sm_90), warps that only load feed warps that only decode and multiply
-  (``kernels/specialized.py``), in blocks of 256 pairs: from r = 768 on, or 512 where the rows of x lie in slot order (``slots.py``),
-  which saves another sixth. h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a
-  pair, a sixth of a product takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Plain weights, which nothing
-  decodes, gain from r = 1024 on.
+  (``kernels/specialized.py``), where the rows of x lie in slot order (``slots.py``): three warpgroups in blocks of 160 pairs, from r = 56
+  (4 bits) or 80 on, as long as most experts need no second block; then two in blocks of 256. h can be kept so at once, and then rows of
+  768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product takes K N / 3 operations: worth it for wide
+  weights (``GATHERED`` rows). Where x lies elsewhere, two warpgroups gain from r = 768 on. Plain weights, which nothing decodes, gain
+  from r = 1024 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all blocks of an expert do, where a wave of programs would otherwise be one block's.
 
@@ -31,6 +32,9 @@ UNITS = 132  # multiprocessors, where the device does not say
 SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likewise
 LONG, SHORT = 2048, 768  # columns from which on that kernel gains, and where h is in slot order
 GATHERED = 5120  # weight rows from which on tokens are brought into slot order for a product
+SMALL, LARGE = 160, 256  # pairs of its blocks
+MOST = 168  # pairs an expert up to which small ones are faster, where few experts have over 160
+ORDERED = 224  # pairs an expert from which on a layer takes large blocks for its second product's sake
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Config:
     the K loop of a tile. group: blocks of pairs that walk the weight tiles together. levels: narrower loops (a half, a quarter of
     ``pairs``) for blocks with few pairs. mask: do not load rows of x that are not there. evict: eviction policy of weight loads.
     maxnreg: registers a thread, 0 for the compiler's choice. pdl: start before the kernel in front has ended (NVIDIA, sm_90
-    and up). specialized: the kernel whose warps load or multiply, for 256 pairs and 128 rows; levels, mask, evict and maxnreg are its own.
+    and up). specialized: the kernel whose warps load or multiply, for 256 pairs and 128 rows or 160 and 192; levels, mask, evict and
+    maxnreg are its own.
     """
 
     pairs: int
@@ -81,29 +86,44 @@ class Problem:
         return self.n * self.k * {"e2m1": 0.5, "": 2.0}.get(self.element, 1.0)
 
 
-def block_pairs(num_pairs: int, num_experts: int, plain: bool = False, specialized: int = 0) -> int:
-    """Pairs of a block of the alignment: 16, 32, 64, 128, or 256 where the weights are plain, or from ``specialized`` pairs an expert
-    on (0: never)."""
+def block_pairs(num_pairs: int, num_experts: int, plain: bool = False) -> int:
+    """Pairs of a block of the alignment: 16, 32, 64, 128, or 256 where the weights are plain."""
     for block, limit in ((16, 10), (32, 24), (64, 48), (128, 96)):
         if num_pairs <= limit * num_experts:
             return block
-    return 256 if plain or (specialized and num_pairs >= specialized * num_experts) else 128
+    return 256 if plain else 128
 
 
-def specialized_from(p: Problem, slots: bool) -> int:
-    """Pairs an expert from which on warps that load and warps that multiply are faster, where a device has both; 0: never. slots: the
-    rows of x lie in slot order."""
+def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
+    """Pairs an expert from which on warps that load and warps that multiply are faster in such blocks, where a device has both; 0: never.
+    slots: the rows of x lie in slot order."""
     if p.k < (SHORT if slots and p.element else LONG):
         return 0
     if p.element == "":
-        return 1024 if slots else 0
-    return 512 if slots else 768
+        return 1024 if slots and block == LARGE else 0
+    if block == SMALL:
+        return 0 if not slots else 56 if p.element == "e2m1" else 80
+    return MOST + 1 if slots else 768
 
 
-def slots_from(p: Problem, gather: bool) -> int:
+def slots_from(p: Problem, gather: bool, block: int = LARGE) -> int:
     """Pairs an expert from which on a layer has the rows of this product in slot order, 0 for never. gather: they have to be brought
     there."""
-    return 0 if gather and (p.n < GATHERED or p.k < LONG) else specialized_from(p, True)
+    return 0 if gather and (p.n < GATHERED or p.k < LONG) else specialized_from(p, True, block)
+
+
+def specialized_block(p: Problem, slots: bool) -> int:
+    """Pairs of a block for the sake of such warps, for a layer whose first weight is ``p``'s; 0 where another size suits it better.
+    slots: tokens may be brought into slot order."""
+    pairs, experts = p.num_pairs, p.num_experts
+    whole = p.k % 64 == 0 and p.n % 128 == 0  # as slots need both products' columns, gates and ups being half of n
+    small = slots_from(p, True, SMALL) if slots and whole else 0
+    if small and small * experts <= pairs <= MOST * experts:
+        return SMALL
+    large = slots_from(p, True) if slots else 0
+    if not large:
+        large = ORDERED if slots and p.n >= 2 * SHORT and p.k >= LONG else specialized_from(p, False)
+    return LARGE if 0 < large * experts <= pairs else 0
 
 
 def shared_bytes(c: Config, p: Problem) -> int:
@@ -155,13 +175,14 @@ def choose_config(
     units: multiprocessors; shared: bytes a program may have of the device; specialized: whether ``kernels/specialized.py`` serves
     this product; slots: whether the rows of x lie in slot order.
     """
-    c = _preferred(p, pairs, units)
-    least = specialized_from(p, slots) if specialized and pairs == 256 and shared >= SHARED else 0
+    c = _preferred(p, pairs if pairs & (pairs - 1) == 0 else 32, units)
+    least = specialized_from(p, slots, pairs) if specialized and pairs in (SMALL, LARGE) and shared >= SHARED else 0
     if least and p.num_pairs >= least * p.num_experts:
         wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
         held = 16 << 20 if p.element else 8 << 20  # bytes of x of those who walk together, in the second-level cache
         group = max(1, min(8, held // (2 * pairs * p.k))) if wide else 1
-        return Config(256, 128, 64, 4, 4, group=group, specialized=True)
+        rows, stages = (192, 6) if pairs == SMALL else (128, 4)
+        return Config(pairs, rows, 64, 4, stages, group=group, specialized=True)
     while c.stages > 2 and shared_bytes(c, p) > shared:
         c = replace(c, stages=c.stages - 1)
     if shared_bytes(c, p) > shared and c.rows > 64:

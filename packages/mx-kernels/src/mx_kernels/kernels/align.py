@@ -61,8 +61,9 @@ def _fill(
     first = tl.gather(start, own, 0)
     count = tl.where(there, tl.gather(total, own, 0), 0)
     blocks = (count + BLOCK - 1) // BLOCK
-    slot = (first + count)[:, None] + tl.arange(0, BLOCK)[None, :]
-    nothing = tl.zeros((OWN, BLOCK), tl.int32) + pairs
+    SPAN: tl.constexpr = triton.next_power_of_2(BLOCK)
+    slot = (first + count)[:, None] + tl.arange(0, SPAN)[None, :]
+    nothing = tl.zeros((OWN, SPAN), tl.int32) + pairs
     tl.store(sorted_ids + slot, nothing, mask=slot < (first + blocks * BLOCK)[:, None])
     for at in range(0, tl.max(blocks, 0), 64):
         b = at + tl.arange(0, 64)[None, :]

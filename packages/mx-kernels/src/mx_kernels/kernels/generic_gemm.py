@@ -97,7 +97,7 @@ def tile_config(compute: str, arch: Architecture, kinds: tuple[str, str], w_bloc
     """
     reorder = kinds[1] in ("e2m1", "e4m3", "e5m2") and compute != "native"
     reorder = reorder and (arch.name == "sm90" or triton.knobs.runtime.interpret)
-    bm = min(max(block, 16), 128)
+    bm = min(max(block & -block, 16), 128)  # of blocks of 160 or 96 pairs 32
     if compute == "fp32":
         tile = {"BM": min(bm, 64), "BN": 64, "BK": 32, "REORDER": reorder, "DRAIN": False}
         return {**tile, "num_warps": 4, "num_stages": 2}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from ..tuned import config_for
-from ..tuning import SHARED, UNITS, Config, Problem
+from ..tuning import LARGE, SHARED, SMALL, UNITS, Config, Problem
 from .launch import Launch, takes_registers, target
 from .packed_kernel import DENSE, PAIR, SELF, SORTED, _grouped_gemm_packed_kernel
 
@@ -82,9 +82,9 @@ def counters(device: torch.device, count: int) -> Tensor:
     return made
 
 
-ROLES = {False: (208, 88), True: (224, 64)}
-"""Registers of a thread that multiplies and of one that loads, where warps do one of the two. Who sends the copy engine for boxes (True)
-holds no addresses. 2 x 224 + 64 <= 65536 / 128."""
+ROLES = {(128, False): (208, 88), (128, True): (232, 48), (192, True): (160, 32)}
+"""Registers of a thread that multiplies and of one that loads, where warps do one of the two, by weight rows of a program and whether
+the copy engine is sent for boxes, which needs no addresses. 2 x 232 + 48 = 3 x 160 + 32 = 65536 / 128."""
 
 
 @functools.cache
@@ -164,7 +164,8 @@ def plan_packed(
 ) -> _Plan:  # fmt: skip
     """The plan of ``grouped_gemm_packed`` for such arguments, x as ``pieces`` returns it."""
     blocks = 0 if expert_ids is None else expert_ids.shape[0]
-    aligned = top_k > 0 or (x.data_ptr() | w.data_ptr()) & 15 == 0  # where the copy engine might load them
+    addresses = (t.data_ptr() for t in (x, w, w_scale) if t is not None)
+    aligned = top_k > 0 or not any(a & 15 for a in addresses)  # where the copy engine might load them
     route = DENSE if expert_ids is None else SORTED if sorted_ids is not None else SELF
     key = (
         *(x.shape, x.stride(), w.shape, w.dtype, w_format, n, k, w_gated, w_layout, route.value, blocks, block_size),
@@ -197,8 +198,10 @@ def _plan(
         block = 16
         if tokens == 1 or num_pairs > 64:  # a token's experts differ; many pairs over even more experts mostly do
             route = PAIR.value
-    if not 16 <= block <= 256:
-        raise ValueError(f"the alignment has blocks of {block} pairs, packed weights need 16, 32, 64, 128 or 256")
+    if not (16 <= block <= 256 and (block % 32 == 0 or block == 16)):
+        raise ValueError(
+            f"the alignment has blocks of {block} pairs, packed weights need 16 or a multiple of 32 up to 256"
+        )
     if n * k >= 2**31:
         raise ValueError(f"the weight has {n} x {k} elements a matrix, 32-bit offsets reach 2^31: split its rows")
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None  # meta: to compile without a device
@@ -215,7 +218,8 @@ def _plan(
     count = shape[0] if len(shape) == 3 else 1
     largest = max(shape[-2] * stride[-2] * count, (blocks * block if to_slots else num_pairs) * n)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
-    served = wgmma and route == SORTED.value and block == 256 and count == 1 and strips >= 8
+    small = block == SMALL and kind != "" and top_k == 0 and strips >= 12
+    served = wgmma and route == SORTED.value and (small or (block == LARGE and strips >= 8)) and count == 1
     served = served and round_to == "" and (act != "") == w_gated
     if kind != "":
         served = served and tail < 2
@@ -223,33 +227,48 @@ def _plan(
         whole = tail == 0 and k % 64 == 0 and rows % 16 == 0 and w_stride == (rows * k, k, 1)
         served = served and whole and w_dtype == torch.bfloat16 and top_k == 0
     if top_k == 0:
-        dense = kind == "" or (w_stride[1] == strips * 512 and w_stride[0] == w_shape[1] * strips * 512)
+        dense = kind == "" or w_stride[:2] == (w_shape[1] * strips * 512, strips * 512)
+        dense = dense and (f is None or (s_stride[1] == rows * 128 // f.block and s_stride[0] % s_stride[1] == 0))
         served = served and aligned and dense and stride == (k, 1)
-    if config is not None and config.specialized and not served:
+    if (
+        config is not None
+        and config.specialized
+        and not (served and (config.pairs, config.rows) == (block, 192 if small else 128))
+    ):
         raise ValueError(
-            "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps, x in slot order), "
-            "bf16 x, whole K tiles, sorted blocks of 256 pairs, gates exactly with an activation and results that are not rounded, on "
-            "sm_90: give this product another one"
+            "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps, x in slot order) "
+            "in sorted blocks of 256 pairs, or quantized ones of 192 in blocks of 160 with x in slot order, bf16 x, whole K tiles, gates "
+            "exactly with an activation and results that are not rounded, on sm_90: give this product another one"
+        )
+    if config is not None and route == SORTED.value and block % config.pairs:
+        raise ValueError(
+            f"the configuration takes {config.pairs} pairs, which do not divide blocks of {block}: give this product another one"
         )
     c = config or config_for(problem, block, device, units, shared, served, top_k == 0)
     if c.specialized:
-        if kind == "" and out_dtype.itemsize > 2:  # float32 results take more room on their way out
-            c = replace(c, stages=min(c.stages, 3))
+        if out_dtype.itemsize > 2 and (kind == "" or small):  # float32 results take more room on their way out
+            c = replace(c, stages=min(c.stages, 4 if small else 3))
         from .specialized import _grouped_gemm_specialized_kernel
-        from .specialized_load import BOX, LINES, ROWS
+        from .specialized_load import LINES, PART, box_of
 
         sizes = (experts, n, k, strips, *strides, stride[-2], num_pairs, c.group, alpha, beta, limit)
         constants = (
-            *(c.pairs, kind, problem.block, tail, c.stages, w_layout == "interleaved", act, limit != math.inf),
-            *(not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots),
-            *(takes_registers(), *ROLES[top_k == 0]),
+            *(c.pairs, c.rows // 64, kind, problem.block, tail, c.stages, w_layout == "interleaved", act),
+            *(limit != math.inf, not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots),
+            *ROLES[c.rows, top_k == 0],
         )
-        programs, options = min(units, blocks * -(-strips // 8)), {"num_warps": c.warps}
+        programs, options = min(units, blocks * -(-strips * 16 // c.rows)), {"num_warps": c.warps}
         boxes: Boxes = ()
         if top_k == 0:
-            lines = experts * w_shape[1] * strips * 4  # of 32 words
-            weight = ((experts * rows, k), (ROWS.value, 64)) if kind == "" else ((lines, 32), (LINES.value, 32))
-            boxes = (0, (shape[0], k), (BOX.value, 64)), (1, *weight)
+            boxes = ((0, (shape[0], k), (box_of(c.pairs), 64)),)
+            if kind == "":
+                boxes += ((1, (experts * rows, k), (PART.value, 64)),)
+            else:
+                lines = experts * w_shape[1] * strips * 4  # of 32 words
+                words = 32 // problem.block
+                sizes = (*sizes[:6], s_stride[0] // s_stride[1], 1, *sizes[8:])
+                scales = (experts * s_stride[0] // s_stride[1], rows * words), (1, PART.value * words)
+                boxes += (1, (lines, 32), (LINES.value, 32)), (2, *scales)
         return _Plan(_grouped_gemm_specialized_kernel, sizes, constants, options, programs, 0, 0, device, boxes)
     if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
         c = replace(c, warps=8)

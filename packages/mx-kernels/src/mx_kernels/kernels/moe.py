@@ -110,7 +110,8 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     experts, width = w13.shape[0], w2.shape[2]
     num_global = None if expert_map is None else expert_map.shape[0]
     launches: list[Named] = []
-    rows = block_size(pairs, experts, device, w13)
+    plain = layer.inputs is None
+    rows = block_size(pairs, experts, device, w13, slots=plain and dtype == torch.bfloat16)
     parts = {"h": 0, "y": 0}  # bytes in the workspace, set below
     if stays_unsorted(ids, experts, expert_map, True):
         where = ("", "ids", "")
@@ -122,7 +123,7 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
         parts |= {name: 4 * size for name, size in sort.sizes.items()}
         shapes = (torch.empty(sort.sizes[name], dtype=torch.int32, device="meta") for name in where)
         tiles = Alignment(ids, experts, rows, *shapes, expert_map)
-    gathered, ordered = layer_slots(w13, w2, tiles, plain=layer.inputs is None, ordered=True)
+    gathered, ordered = layer_slots(w13, w2, tiles, plain=plain, ordered=True)
     capacity = 0 if tiles.sorted_ids is None else tiles.sorted_ids.shape[0]
     source = "x"
     if gathered:

@@ -1,6 +1,7 @@
 """The warps of ``specialized.py`` that load, and what a descriptor for the copy engine (TMA) is made of.
 
-A stage of the ring holds a step of 64 columns: rows of x, 128 weight rows, their scales. Who multiplies waits for ``full`` and arrives
+A stage of the ring holds a step of 64 columns: rows of x, 64 weight rows for each warpgroup that multiplies, their scales (where boxes
+bring them, an even step those of two). Who multiplies waits for ``full`` and arrives
 at ``empty``; who loads the other way around.
 """
 
@@ -21,21 +22,56 @@ _copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _reinterpret = getattr(gl.shared_memory_descriptor, "_reinterpret", None) or gl.shared_memory_descriptor.reinterpret
 
 BK: gl.constexpr = gl.constexpr(64)
-ROWS: gl.constexpr = gl.constexpr(128)
-BOX: gl.constexpr = gl.constexpr(64)  # rows of x that one copy of the engine brings
+PART: gl.constexpr = gl.constexpr(64)  # weight rows of a warpgroup that multiplies
 TABLE: gl.constexpr = gl.constexpr(1024)  # blocks whose place is looked up
-LINES: gl.constexpr = gl.constexpr(16)  # of codes, likewise, of 32 words: four strips
+LINES: gl.constexpr = gl.constexpr(16)  # of codes, of 32 words, that one copy of the engine brings: four strips
 
 
-def box_layout(columns: int) -> gl.NVMMASharedLayout:
-    """Of a box in shared memory: its rows are 128 bytes, of words (32) or of bf16 (64)."""
-    return gl.NVMMASharedLayout(128, 1024 // columns, 2)
+def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    """Of a box in shared memory: rows of 128 bytes, of words (32) or of bf16 (64), or one row of words (scales)."""
+    return gl.NVMMASharedLayout(0, 32, 2) if rows == 1 else gl.NVMMASharedLayout(128, 1024 // columns, 2)
 
 
 def descriptor(base: Tensor | int, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
     """A contiguous matrix of words or bf16, or what lies at an address, for the copy engine."""
-    held = base if isinstance(base, Tensor) else Address(base, torch.int32 if box[1] == 32 else torch.bfloat16)
-    return TensorDescriptor(held, [*shape], [shape[1], 1], [*box], box_layout(box[1]))
+    dtype = torch.int32 if box[0] == 1 or box[1] == 32 else torch.bfloat16
+    held = base.view(dtype) if isinstance(base, Tensor) else Address(base, dtype)
+    return TensorDescriptor(held, [*shape], [shape[1], 1], [*box], box_layout(*box))
+
+
+@gluon.constexpr_function
+def levels_of(BM):
+    """Numbers of pairs that there are loops for in blocks of BM: a block takes the first that holds its own."""
+    return (64, 96, 128, 160) if BM == 160 else (BM // 4, BM // 2, BM)
+
+
+@gluon.constexpr_function
+def box_of(BM):
+    """Rows of x that one copy of the engine brings."""
+    return 32 if BM == 160 else 64
+
+
+@gluon.constexpr_function
+def main_of(N):
+    """Of N pairs those of the first product: the largest power of two."""
+    return 1 << (N.bit_length() - 1)
+
+
+@gluon.jit
+def rows_of(xs, xt, stage, FIRST: gl.constexpr, N: gl.constexpr):
+    """Rows FIRST to FIRST + N - 1 of a stage; those past a power of two have memory of their own."""
+    if xs.shape[1] == FIRST:
+        return xt.index(stage).slice(0, N, 0)
+    else:
+        return xs.index(stage).slice(FIRST, N, 0)
+
+
+@gluon.jit
+def following(stage, phase, STAGES: gl.constexpr):
+    """The stage behind, and its phase."""
+    stage += 1
+    wrapped = stage == STAGES
+    return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -50,10 +86,12 @@ def _smaller(a, b):
 
 @gluon.jit
 def level_of(sorted_ids, block, pairs, BM: gl.constexpr):
-    """2 where a block has more than half of BM pairs, 1 where more than a quarter, else 0."""
-    half = gl.load(sorted_ids + block * BM + BM // 2) < pairs
-    quarter = gl.load(sorted_ids + block * BM + BM // 4) < pairs
-    return half.to(gl.int32) + quarter.to(gl.int32)
+    """Which of ``levels_of`` a block takes."""
+    LEVELS: gl.constexpr = levels_of(BM)
+    level = block * 0
+    for i in gl.static_range(len(LEVELS) - 1):
+        level += (gl.load(sorted_ids + block * BM + LEVELS[i]) < pairs).to(gl.int32)
+    return level
 
 
 @gluon.jit
@@ -87,20 +125,22 @@ def piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM:
     TABLE blocks each walks them alone.
     """
     block = t // tiles
-    tile = t % tiles
+    tile = t - block * tiles
     if blocks <= TABLE:
         e = _entry(ids, block)
         run = _entry(runs, block)
         start = run % TABLE
         size = run // TABLE % (2 * TABLE)
-        together = gl.cdiv(size, gl.cdiv(size, group))
-        at = t - start * tiles
-        first = at // (together * tiles) * together
-        width = gl.minimum(size - first, together)
-        at -= first * tiles
-        block = start + first + at % width
-        tile = at // width
-        level = _entry(runs, block) // (2 * TABLE * TABLE)
+        if size > 1:
+            together = gl.cdiv(size, gl.cdiv(size, group))
+            at = t - start * tiles
+            first = at // (together * tiles) * together
+            width = gl.minimum(size - first, together)
+            at -= first * tiles
+            tile = at // width
+            block = start + first + at - tile * width
+            run = _entry(runs, block)
+        level = run // (2 * TABLE * TABLE)
     else:
         e = gl.load(expert_ids + block)
         level = level_of(sorted_ids, block, pairs, BM)
@@ -110,37 +150,37 @@ def piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM:
 @gluon.jit
 def half_of(step, k, TAIL: gl.constexpr):
     """Which half of its 128 columns a step takes."""
-    second = step % 2
+    second = step & 1
     if TAIL:
         second |= (step * BK >= k - BK).to(gl.int32)
     return second
 
 
 @gluon.jit
-def _scales_of(s, strip0, BLOCK: gl.constexpr):
-    """Addresses of the words of scales of a tile's rows, one a loading thread."""
+def _scales_of(s, strip0, ROWS: gl.constexpr, BLOCK: gl.constexpr):
+    """Addresses of the words of scales of a tile's first ROWS rows."""
     row = strip0 * 16 + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     return s.to(gl.pointer_type(gl.int32)) + row * (32 // BLOCK)
 
 
 @gluon.jit
-def _load_scales(ss, s_from, step, s_step, k, full, BLOCK: gl.constexpr, TAIL: gl.constexpr):
-    """Copy a step's scales, and arrive when this thread's copies have come."""
-    s0 = step // 2 * (s_step // 4)
+def _scales_at(step, s_step, k, BLOCK: gl.constexpr, TAIL: gl.constexpr):
+    """Where a step's scales begin, in words."""
+    s0 = (step >> 1) * (s_step // 4)
     if BLOCK == 16:
         s0 += half_of(step, k, TAIL)
-    _copy(ss, s_from + s0)
-    async_copy.mbarrier_arrive(full, increment_count=False)
+    return s0
 
 
 @gluon.jit
 def _load_rows(
-    x, w, s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, ring,
+    x, w, s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, stage, phase, ring,
     N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """Copy all steps of a tile with N pairs, whose rows of x lie anywhere; ``it`` counts steps. w, s: the expert's."""
-    xs, ws, ss, full, empty = ring
+    """Copy all steps of a tile with N pairs, whose rows of x lie anywhere. w, s: the expert's."""
+    xs, _, ws, ss, full, empty = ring
+    ROWS: gl.constexpr = 2 * PART
     WARPS: gl.constexpr = gl.num_warps()
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     UNIT: gl.constexpr = 64 if KIND == "e2m1" else 32
@@ -153,15 +193,15 @@ def _load_rows(
     part = gl.arange(0, BK // UNIT, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None] * w_step
     strip = strip0 + gl.arange(0, ROWS // 16, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :, None]
     w_from = w + (part + strip * 128 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :])
-    s_from = _scales_of(s, strip0, BLOCK)
+    s_from = _scales_of(s, strip0, ROWS, BLOCK)
     k0 = 0
     for step in range(gl.cdiv(k, BK)):
-        stage = it % STAGES
-        mbarrier.wait(empty.index(stage), (it // STAGES & 1) ^ 1)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
         _copy(xs.index(stage).slice(0, N, 0), x_from)
         _copy(ws.index(stage), w_from)
-        _load_scales(ss.index(stage), s_from, step, s_step, k, full.index(stage), BLOCK, TAIL)
-        it += 1
+        _copy(ss.index(stage), s_from + _scales_at(step, s_step, k, BLOCK, TAIL))
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        stage, phase = following(stage, phase, STAGES)
         # addresses go on by what the next step is away: nothing is computed anew while copies wait for their registers
         by = BK
         if TAIL:
@@ -169,78 +209,86 @@ def _load_rows(
         k0 += by
         x_from += by
         w_from += by // UNIT * w_step
-    return it
+    return stage, phase
 
 
 @gluon.jit
 def _load_boxes(
-    x, w, s, first, w_row, strip0, w_step, s_step, k, it, ring,
-    N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    x, w, s, first, w_row, s_row, strip0, w_step, k, stage, phase, ring,
+    N: gl.constexpr, BOX: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The same where the rows of x lie together: by the copy engine, but for the scales. w_row: where the tile's weights begin."""
-    xs, ws, ss, full, empty = ring
-    PARTS: gl.constexpr = 1 if KIND == "e2m1" else 2  # of a step's columns, each a tile of ``packing.py``
-    if KIND != "":
-        s_from = _scales_of(s, strip0, BLOCK)
+    """The same where the rows of x lie together, all by the copy engine. w_row, s_row: where the tile's codes and scales begin."""
+    xs, xt, ws, ss, full, empty = ring
+    UNITS: gl.constexpr = 1 if KIND == "e2m1" else 2  # of a step's columns, each a tile of ``packing.py``
+    WORDS: gl.constexpr = 32 // BLOCK  # of scales of a row and 128 columns
     k0 = 0
     for step in range(gl.cdiv(k, BK)):
-        stage = it % STAGES
-        mbarrier.wait(empty.index(stage), (it // STAGES & 1) ^ 1)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
         if KIND == "":
-            mbarrier.expect(full.index(stage), 2 * (N + ROWS) * BK)
-            _copy_box(w, [w_row, k0], full.index(stage), ws.index(stage))
+            mbarrier.expect(full.index(stage), 2 * (N + GROUPS * PART) * BK)
+            for g in gl.static_range(GROUPS):
+                _copy_box(w, [w_row + g * PART, k0], full.index(stage), ws.index(stage * GROUPS + g))
         else:
-            mbarrier.expect(full.index(stage), 2 * N * BK + PARTS * ROWS * 32)
-            for i in gl.static_range(ROWS // 64 * PARTS):  # all columns of the first four strips, then of the others
-                row = w_row + (k0 * PARTS // BK + i % PARTS) * (w_step // 32) + i // PARTS * LINES
-                _copy_box(w, [row, 0], full.index(stage), ws.index(stage).slice(i * LINES, LINES, 0))
+            CODES: gl.constexpr = 2 * N * BK + GROUPS * PART * UNITS * 32
+            even = step % 2 == 0  # its scales are those of the odd step behind too
+            mbarrier.expect(full.index(stage), CODES + GROUPS * PART * WORDS * 4, pred=even)
+            mbarrier.expect(full.index(stage), CODES, pred=step % 2 == 1)
+            for g in gl.static_range(GROUPS):
+                place = stage * GROUPS + g
+                for i in gl.static_range(UNITS):
+                    row = w_row + g * LINES + (k0 * UNITS // BK + i) * (w_step // 32)
+                    _copy_box(w, [row, 0], full.index(stage), ws.index(place).slice(i * LINES, LINES, 0))
+                at = [s_row + step // 2, (strip0 * 16 + g * PART) * WORDS]
+                _copy_box(s, at, full.index(stage), ss.index(place), pred=even)
         for i in gl.static_range(N // BOX):
-            _copy_box(x, [first + i * BOX, k0], full.index(stage), xs.index(stage).slice(i * BOX, BOX, 0))
-        if KIND != "":
-            _load_scales(ss.index(stage), s_from, step, s_step, k, full.index(stage), BLOCK, TAIL)
-        it += 1
+            _copy_box(x, [first + i * BOX, k0], full.index(stage), rows_of(xs, xt, stage, i * BOX, BOX))
+        stage, phase = following(stage, phase, STAGES)
         k0 += BK
         if TAIL:
             k0 = gl.minimum(k0, k - BK)
-    return it
+    return stage, phase
 
 
 @gluon.jit
 def loader(
-    x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group,
-    runs, ids, xs, ws, ss, full, empty,
-    BM: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    given, BM: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
     WIDE: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """The warpgroup that loads: all tiles of the program, as many pairs of a block as it has, rounded up to a level."""
+    """Who loads: all tiles of the program, as many pairs of a block as it has, rounded up to a level."""
+    (
+        x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group,
+        runs, ids, xs, xt, ws, ss, full, empty,
+    ) = given  # fmt: skip
+    LEVELS: gl.constexpr = levels_of(BM)
+    STRIPS: gl.constexpr = GROUPS * PART // 16
     blocks = gl.load(num_padded) // BM
-    tiles = gl.cdiv(strips * 16, ROWS)
-    ring = (xs, ws, ss, full, empty)
-    it = 0
+    tiles = gl.cdiv(strips, STRIPS)
+    ring = (xs, xt, ws, ss, full, empty)
+    stage = 0
+    phase = 0
     for t in range(gl.program_id(0), blocks * tiles, gl.num_programs(0)):
         block, tile, e, level = piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM)
         first = block * BM
         if (e >= 0) & (e < experts):
-            strip0 = gl.minimum(tile * (ROWS // 16), strips - ROWS // 16)
-            of_s = s + e.to(gl.int64) * s_expert
+            strip0 = gl.minimum(tile * STRIPS, strips - STRIPS)
             if TOP_K > 0:
                 of_w = w + e.to(gl.int64) * w_expert
-                args = (x, of_w, of_s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, it, ring)
-                if level == 2:
-                    it = _load_rows(*args, BM, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
-                elif level == 1:
-                    it = _load_rows(*args, BM // 2, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
-                else:
-                    it = _load_rows(*args, BM // 4, KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K)
+                of_s = s + e.to(gl.int64) * s_expert
+                args = (x, of_w, of_s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs)
+                for i in gl.static_range(len(LEVELS)):
+                    if level == i:
+                        stage, phase = _load_rows(
+                            *args, stage, phase, ring, LEVELS[i], KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K
+                        )
             else:
                 if KIND == "":
                     w_row = (e * strips + strip0) * 16
                 else:  # rows of 32 words, four a strip
                     w_row = e * (w_expert // 32) + strip0 * 4
-                boxes = (x, w, of_s, first, w_row, strip0, w_step, s_step, k, it, ring)
-                if level == 2:
-                    it = _load_boxes(*boxes, BM, KIND, BLOCK, TAIL, STAGES)
-                elif level == 1:
-                    it = _load_boxes(*boxes, BM // 2, KIND, BLOCK, TAIL, STAGES)
-                else:
-                    it = _load_boxes(*boxes, BM // 4, KIND, BLOCK, TAIL, STAGES)
+                boxes = (x, w, s, first, w_row, e * s_expert, strip0, w_step, k)
+                for i in gl.static_range(len(LEVELS)):
+                    if level == i:
+                        stage, phase = _load_boxes(
+                            *boxes, stage, phase, ring, LEVELS[i], box_of(BM), GROUPS, KIND, BLOCK, TAIL, STAGES
+                        )

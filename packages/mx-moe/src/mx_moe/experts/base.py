@@ -101,13 +101,14 @@ def fused_moe(
         x = weighted_input(x, routing)
         row_weight = None
     w13 = weights.w13()
-    rows = mk.block_size(routing.ids.numel(), weights.num_experts, x.device, w13)
+    plain = inputs.format is None
+    slots = plain and dtype == torch.bfloat16
+    rows = mk.block_size(routing.ids.numel(), weights.num_experts, x.device, w13, slots=slots)
     tiles = ops.moe_align_block_size(routing.ids, rows, weights.num_experts, weights.expert_map)
     f = inputs.requantize()
     w2 = weights.w2() if isinstance(w13, mk.PackedWeight) else None
     gathered, ordered = False, False
     if w2 is not None and dtype == torch.bfloat16:
-        plain = inputs.format is None
         gathered, ordered = mk.layer_slots(w13, w2, tiles, plain=plain, ordered=plain or f is not None)
     x = _prepare(x, inputs, 0, ops)
     if gathered:

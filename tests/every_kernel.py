@@ -127,14 +127,19 @@ def specialized() -> None:
         return
     kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
     config = Config(256, 128, 64, 4, 4, group=2, specialized=True)
+    small = Config(160, 192, 64, 4, 6, specialized=True)
     ids = routed(900)
-    tiles = mk.moe_align_block_size(ids, 256, EXPERTS, sort=True)
+    tiles, blocks = (mk.moe_align_block_size(ids, block, EXPERTS, sort=True) for block in (256, 160))
     live = ((ids >= 0) & (ids < EXPERTS)).flatten()
     epilogue = mk.Epilogue(activation=SWIGLU_OAI)
     for fmt, k in ((mk.MXFP8, 160), (mk.MXFP4, 192), (mk.NVFP4, 192), (None, 192)):
         w, x = normal(EXPERTS, 272, k), normal(900, k)
         p = mk.pack(w if fmt is None else mk.quantize(w, fmt), gated=True)
         if fmt is not None:
+            with filled_memory():
+                rows = mk.gather_rows(x, blocks, top_k=TOP_K)
+                args = flat_product(rows, p, blocks, 0, epilogue, None, torch.bfloat16)
+                finite(kernel.grouped_gemm_packed(*args, small)[live])
             args = flat_product(x, p, tiles, TOP_K, epilogue, None, torch.bfloat16)
             finite(kernel.grouped_gemm_packed(*args, config)[live])
         with filled_memory():

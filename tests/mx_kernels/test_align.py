@@ -53,7 +53,8 @@ def routings(draw):
     limit = experts if total is None else total
     ids = draw(st.lists(st.integers(-2, limit), min_size=tokens * k, max_size=tokens * k))
     table = None if total is None else draw(st.lists(st.integers(-1, experts - 1), min_size=total, max_size=total))
-    return experts, torch.tensor(ids, dtype=torch.int64).view(tokens, k), table, 2 ** draw(st.integers(0, 6))
+    block = draw(st.sampled_from([1, 2, 4, 8, 16, 32, 64, 96, 160]))
+    return experts, torch.tensor(ids, dtype=torch.int64).view(tokens, k), table, block
 
 
 @settings(max_examples=150, deadline=None)

@@ -59,6 +59,7 @@ for tokens in (5, 700):
 align.plan.cache_clear()
 t.check(t.routing(700, 4, 128, "uniform"), 64, 128)
 t.check(t.routing(1100, 4, 60, "skewed"), 128, 60)
+t.check(t.routing(700, 4, 60, "skewed"), 160, 60)
 print("right")
 """
 
@@ -70,7 +71,7 @@ def test_kernels_in_the_interpreter(interpreted):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["uniform", "one", "skewed"])
-@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("block", [16, 64, 128, 160])
 @pytest.mark.parametrize("experts", [1, 8, 60, 128, 512])
 def test_every_size(experts, block, kind):
     for tokens in (0, 1, 3, 17, 64, 127, 1024, 2049):

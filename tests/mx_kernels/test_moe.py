@@ -17,7 +17,8 @@ OAI = mk.Activation("swiglu_oai", alpha=1.702, beta=1.0, limit=7.0)
 def steps(layer, x, ids, weights):
     if layer.inputs is not None:
         x = mk.quantize_dequantize(x, layer.inputs)
-    rows = mk.block_size(ids.numel(), layer.w13.shape[0], x.device, layer.w13)
+    slots = layer.inputs is None and x.dtype == torch.bfloat16
+    rows = mk.block_size(ids.numel(), layer.w13.shape[0], x.device, layer.w13, slots=slots)
     tiles = mk.moe_align_block_size(ids, rows, layer.w13.shape[0], layer.expert_map)
     gathered, ordered = mk.layer_slots(layer.w13, layer.w2, tiles, plain=layer.inputs is None, ordered=True)
     epilogue = mk.Epilogue(layer.w13_bias, layer.activation, round_to=layer.inputs)
@@ -138,14 +139,17 @@ def test_the_launches_of_the_steps(monkeypatch, tokens, name, mapped, inputs):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("block", [16, 160])
 @pytest.mark.parametrize("orders", [(True, True), (False, True), (True, False)], ids=str)
-def test_the_launches_of_the_steps_in_slot_order(monkeypatch, orders):
+def test_the_launches_of_the_steps_in_slot_order(monkeypatch, orders, block):
     """x is gathered where y will lie; h has a row a slot: the same launches with the same numbers, from one workspace."""
     pytest.importorskip("triton")
     kernel = importlib.import_module("mx_kernels.kernels.moe")
     choose = lambda *args, **kwargs: orders  # noqa: E731
     monkeypatch.setattr(mk, "layer_slots", choose)
     monkeypatch.setattr(kernel, "layer_slots", choose)
+    for module in (mk, kernel):
+        monkeypatch.setattr(module, "block_size", lambda *args, **kwargs: block)
     monkeypatch.setattr(kernel, "_plans", {})
     layer, (x, ids, weights) = make_layer(), make_input(3000)
     ledger = Ledger(monkeypatch)
@@ -234,7 +238,7 @@ def test_same_bits_in_slot_order(name, tokens):
     x = torch.randn(tokens, 2048, device="cuda").bfloat16()
     ids = torch.rand(tokens, 4, device="cuda").topk(2).indices.int()
     weights = torch.rand(tokens, 2, device="cuda")
-    rows = mk.block_size(ids.numel(), 4, "cuda", layer.w13)
+    rows = mk.block_size(ids.numel(), 4, "cuda", layer.w13, slots=True)
     tiles = mk.moe_align_block_size(ids, rows, 4)
     if mk.Device.probe("cuda").arch.name == "sm90":
         assert mk.layer_slots(layer.w13, layer.w2, tiles, plain=True, ordered=True) == (True, True)

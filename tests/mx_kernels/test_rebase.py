@@ -215,6 +215,9 @@ def test_bad_input():
         mk.rebase_rows(x, top_k=2)
     with pytest.raises(ValueError, match="the tile list has"):
         mk.grouped_gemm_rebased(mk.rebase_rows(x), w, tiles)
+    odd = mk.moe_align_block_size(tiles.ids, 96, 5, sort=True)
+    with pytest.raises(ValueError, match="blocks of 96 pairs, needs a power of two"):
+        mk.grouped_gemm_rebased(mk.rebase_rows(x, odd, top_k=2), w, odd)
     rows = mk.rebase_rows(x, tiles, top_k=2)
     with pytest.raises(ValueError, match="gated=False"):
         mk.grouped_gemm_rebased(rows, w, tiles, epilogue=mk.Epilogue(activation=SWIGLU_OAI))

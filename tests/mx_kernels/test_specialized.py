@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from mx_kernels.tuning import Config, Problem, choose_config
 
 SILU = mk.Activation("silu")
 OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
-SPECIALIZED = Config(256, 128, 64, 4, 4, group=4, specialized=True)
+SPECIALIZED = Config(256, 128, 64, 4, 4, group=4, specialized=True)  # two warpgroups that multiply
+SMALL = Config(160, 192, 64, 4, 6, group=2, specialized=True)  # three, from slots alone
 TWO_PROGRAMS = Config(128, 128, 64, 4, 4, levels=3)
 FORMATS = [mk.MXFP8, mk.MXFP8_E5M2, mk.MXFP6_E2M3, mk.MXFP4, mk.NVFP4]
 
@@ -35,11 +39,17 @@ def kernel():
         (128, 131072, 2048, 768, False, True),
         (128, 131072, 2048, 704, False, False),
         (128, 65536, 5760, 2880, False, True),
-        (8, 2048, 28672, 4096, False, False),
+        (8, 2048, 28672, 4096, False, True),
+        (8, 1024, 28672, 4096, False, False),
     ],
 )
 def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, slots):
     p = Problem("e4m3", 32, pairs, experts, n, k)
+    small = choose_config(p, 160, specialized=True, slots=True)
+    assert small.specialized == (pairs >= 80 * experts and k >= 768)
+    assert (small.pairs, small.rows) == ((160, 192) if small.specialized else (32, 128))
+    assert not choose_config(p, 160, specialized=True).specialized
+    assert not choose_config(replace(p, element=""), 160, specialized=True, slots=True).specialized
     assert choose_config(p, 256, specialized=True).specialized == pairs_order
     assert choose_config(p, 256, specialized=True, slots=True).specialized == slots
     assert not choose_config(p, 256, slots=True).specialized
@@ -50,25 +60,37 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
 
 
 @pytest.mark.parametrize(
-    ("pairs", "n", "k", "block"),
-    [
-        (767, 1536, 2048, 128),
-        (768, 1536, 2048, 256),
-        (511, 5760, 2880, 128),
-        (512, 5760, 2880, 256),
-        (4096, 5760, 1024, 128),
+    ("element", "pairs", "n", "k", "block", "elsewhere"),
+    [  # where tokens may be brought into slot order, and where not
+        ("e2m1", 55, 5760, 2880, 128, 128),
+        ("e2m1", 56, 5760, 2880, 160, 128),
+        ("e4m3", 79, 5760, 2880, 128, 128),
+        ("e4m3", 80, 5760, 2880, 160, 128),
+        ("e5m2", 168, 5760, 2880, 160, 128),
+        ("e2m1", 169, 5760, 2880, 256, 128),
+        ("e2m1", 128, 5760, 2912, 128, 128),  # half a step
+        ("e2m1", 128, 5792, 2880, 128, 128),  # likewise, of the second product
+        ("e2m1", 128, 1536, 2048, 128, 128),  # not worth a gather
+        ("e2m1", 223, 1536, 2048, 128, 128),
+        ("e2m1", 224, 1536, 2048, 256, 128),  # for the sake of the second product
+        ("e2m1", 768, 1536, 2048, 256, 256),
+        ("e2m1", 700, 1408, 2048, 128, 128),  # whose rows are short
+        ("e2m1", 4096, 5760, 1024, 128, 128),
     ],
 )
-def test_blocks_of_256_where_they_are_faster(pairs, n, k, block):
-    """A layer's blocks follow its first weight: from 512 pairs an expert on where its rows are worth a gather, else from 768."""
-    p = Problem("e2m1", 32, 16 * pairs, 16, n, k)
-    assert tuned.model_block(p, True) == block
-    assert tuned.model_block(p, False) == 128
-    assert tuned.model_block(replace(p, element=""), True) == 256
+def test_blocks_of_160_and_256_where_they_are_faster(element, pairs, n, k, block, elsewhere):
+    """A layer's blocks follow its first weight."""
+    p = Problem(element, 32, 16 * pairs, 16, n, k)
+    assert tuned.model_block(p, True, True) == block
+    assert tuned.model_block(p, True) == elsewhere
+    assert tuned.model_block(p, False, True) == (128 if pairs > 48 else 64)
+    plain = replace(p, element="")
+    assert tuned.model_block(plain, True, True) == (256 if pairs > 96 else 128)
 
 
 def test_only_where_the_device_has_warpgroup_products(monkeypatch):
     p = Problem("e4m3", 32, 8192, 8, 28672, 4096)
+    q = Problem("e4m3", 32, 1024, 8, 28672, 4096)
     for capability, want in (((9, 0), 256), ((8, 0), 128), ((10, 0), 128), ((12, 0), 128)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
@@ -76,6 +98,7 @@ def test_only_where_the_device_has_warpgroup_products(monkeypatch):
         tuned.wgmma.cache_clear()
         tuned._row.cache_clear()
         assert tuned.block_for(p, torch.device("cuda", 0)) == want
+        assert tuned.block_for(q, torch.device("cuda", 0), True) == (160 if want == 256 else 128)
     tuned.wgmma.cache_clear()
     tuned._row.cache_clear()
     assert not tuned.wgmma(torch.device("cpu"))
@@ -124,13 +147,42 @@ def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, mo
     boxed, _ = meta_product(kernel, monkeypatch, None, 2048, SILU, slots=True)
     assert boxed.kernel is taken.kernel
     assert [place for place, _, _ in boxed.boxes] == [0, 1]
+    codes, _ = meta_product(kernel, monkeypatch, mk.NVFP4, 2048, SILU, slots=True)
+    assert [place for place, _, _ in codes.boxes] == [0, 1, 2]
+    assert codes.boxes[2] == (
+        2,
+        (8 * 16, 512),
+        (1, 128),
+    )  # of 16 times 128 columns each, two words for each of 256 rows
+
+
+def test_small_blocks(kernel, monkeypatch):
+    """From slots and of quantized weights alone; elsewhere blocks of 160 pairs are five of 32 to the other kernel."""
+    args = (kernel, monkeypatch, mk.MXFP4, 2048, SILU)
+    taken, _ = meta_product(*args, block=160, pairs=1024, slots=True)
+    assert taken.constants[:2] == (160, 3)
+    assert taken.boxes[0][2] == (32, 64)
+    assert meta_product(*args, SMALL, block=160, slots=True)[0].kernel is taken.kernel
+    for f, slots in ((mk.MXFP4, False), (None, True)):
+        plan, _ = meta_product(kernel, monkeypatch, f, 2048, SILU, block=160, pairs=1024, slots=slots)
+        assert plan.kernel is kernel._grouped_gemm_packed_kernel
+        assert plan.constants[:2] == (32, 5)
+        with pytest.raises(ValueError, match="specialized"):
+            meta_product(kernel, monkeypatch, f, 2048, SILU, SMALL, block=160, slots=slots)
+    for config, block in ((SMALL, 256), (SPECIALIZED, 160), (replace(SMALL, rows=128), 160)):
+        with pytest.raises(ValueError, match="specialized"):
+            meta_product(*args, config, block=block, slots=True)
+    with pytest.raises(ValueError, match="takes 64 pairs, which do not divide blocks of 160"):
+        meta_product(*args, Config(64, 128, 64, 4, 3), block=160)
+    with pytest.raises(ValueError, match="blocks of 80 pairs"):
+        meta_product(*args, block=80)
 
 
 LIMITS = {
-    mk.MXFP8: 5.30,
-    mk.MXFP8_E5M2: 5.80,
-    mk.MXFP4: 5.30,
-    mk.NVFP4: 5.30,
+    mk.MXFP8: 4.2,
+    mk.MXFP8_E5M2: 4.5,
+    mk.MXFP4: 4.0,
+    mk.NVFP4: 4.2,
 }  # instructions a weight of a thread and step
 
 
@@ -138,25 +190,27 @@ def compiled(aot, kernel, plan, tensors, spills=0):
     """The machine code of a plan, and that it holds together: registers change hands, no more bytes spill than ``spills``, and nothing
     is serialized or overwritten."""
     specialized = importlib.import_module("mx_kernels.kernels.specialized")
+    box_layout = importlib.import_module("mx_kernels.kernels.specialized_load").box_layout
     assert plan.kernel is specialized._grouped_gemm_specialized_kernel
     names = plan.kernel.arg_names
     types = {torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32"}
     values = [*(types[t.dtype] for t in tensors), *("fp32" if isinstance(s, float) else "i32" for s in plan.sizes)]
     for place, _, (rows, columns) in plan.boxes:
-        held = "bf16" if columns == 64 else "i32"
-        values[place] = (
-            f"tensordesc<{held}[{rows}, {columns}],{importlib.import_module('mx_kernels.kernels.specialized_load').box_layout(columns)!r}>"
-        )
+        held = "i32" if rows == 1 or columns == 32 else "bf16"
+        values[place] = f"tensordesc<{held}[{rows}, {columns}],{box_layout(rows, columns)!r}>"
     constants = dict(zip(names[len(values) :], plan.constants, strict=True))
     loose = ("experts", "pairs", "strips", "group")
     made = aot.compile_kernel(
         plan.kernel, dict(zip(names, values)), constants, "sm_90", unaligned=loose, **plan.options
     )
-    assert not any(code in made.log for code in ("C7510", "C7514", "C7515"))
+    assert not any(code in made.log for code in ("C7510", "C7512", "C7514", "C7515"))
     assert made.spills <= (64 if aot.TRITON_VERSION >= (3, 8) else spills)  # a few registers, once a tile
-    loops = [body for body in made.loops() if any(line.startswith(("HGMMA", "LDGSTS", "UTMALDG")) for line in body)]
-    steps = [body for body in loops if sum("PHASECHK" in line for line in body) == 1]  # which wait once
-    assert len(steps) >= 9  # three levels, two warpgroups that multiply and one that loads
+    steps = [
+        body for body in made.loops() if any("UTMALDG" in line or "HGMMA" in line or "LDGSTS" in line for line in body)
+    ]
+    steps = [body for body in steps if sum("PHASECHK" in line for line in body) in (1, 2) and len(body) < 400]
+    small, groups = plan.constants[:2]
+    assert len(steps) >= (4 if small == 160 else 3) * (groups + 1)  # levels, of those who multiply and of who loads
     spilled = max(sum(line.startswith(("STL", "LDL")) for line in body) for body in steps)
     assert spilled == 0 or (spilled == 1 and aot.TRITON_VERSION >= (3, 8))
     assert not made.overwritten()
@@ -166,26 +220,48 @@ def compiled(aot, kernel, plan, tensors, spills=0):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("slots", [False, True], ids=["pairs", "slots"])
-@pytest.mark.parametrize("act", [SILU, OAI, None], ids=["silu", "oai", "gemm2"])
-@pytest.mark.parametrize("f", LIMITS, ids=str)
-def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, slots):
-    """Products from registers; x by the copy engine where it lies in slot order."""
+@pytest.mark.parametrize(
+    ("f", "act", "how"),
+    [
+        *(
+            (mk.MXFP8, act, how)
+            for act, how in ((OAI, "pairs"), (None, "pairs"), (SILU, "slots"), (None, "slots"), (OAI, "small"))
+        ),
+        (mk.MXFP8_E5M2, SILU, "slots"),
+        *((mk.MXFP4, act, how) for act, how in ((OAI, "pairs"), (OAI, "slots"), (None, "small"))),
+        *((mk.NVFP4, act, how) for act, how in ((None, "pairs"), (SILU, "slots"), (None, "small"))),
+    ],
+    ids=lambda v: v if isinstance(v, str) else str(v) if v in FORMATS else {SILU: "silu", OAI: "oai", None: "gemm2"}[v],
+)
+def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
+    """Products from registers; all by the copy engine where x lies in slot order."""
     k = 2880 if f is mk.MXFP4 else 2048
-    spills = 8 if f.element.bits == 8 and act is None and slots else 0
-    made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, f, k, act, SPECIALIZED, slots=slots), spills)
-    # four, two and one for 256, 128 and 64 pairs; and for each of them the weights, 32 or 64 columns of 64 rows
-    assert made.opcodes()["UTMALDG"] == (7 + 3 * (2 if f.element.bits == 4 else 4) if slots else 0)
-    loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 300]
-    for pairs in (256, 128, 64):
-        body = min((b for b in loops if any(f"64x{pairs}x16" in line for line in b)), key=len)
-        assert len(body) / 32 <= LIMITS[f]
-        product, wait = (
-            next(i for i, line in enumerate(body) if line.startswith(word)) for word in ("HGMMA", "WARPGROUP.DEPBAR")
+    small, slots = how == "small", how != "pairs"
+    config, block = (SMALL, 160) if small else (SPECIALIZED, 256)
+    plan, tensors = meta_product(kernel, monkeypatch, f, k, act, config, slots=slots, block=block)
+    spills = 40 if small else 8 if f.element.bits == 8 and act is None and how == "pairs" else 0
+    made = compiled(aot, kernel, plan, tensors, spills)
+    # of x four, two and one of 64 rows for 256, 128 and 64 pairs, or of 32 rows five to two; the weights, 32 or 64 columns of 64 rows, and
+    # their scales
+    boxes, levels, groups = (5 + 4 + 3 + 2, 4, 3) if small else (7, 3, 2)
+    assert made.opcodes()["UTMALDG"] == (boxes + levels * groups * (2 if f.element.bits == 4 else 3) if slots else 0)
+    assert (made.opcodes()["LDGSTS"] > 0) == (not slots)
+    loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 8 and len(body) < 400]
+    for pairs in (128, 64) if small else (256, 128, 64):
+        body = min(
+            (b for b in loops if all(f"64x{pairs}x16" in line for line in b if line.startswith("HGMMA"))), key=len
         )
-        decoded = [i for i, line in enumerate(body) if line.startswith("HMUL2")]
-        assert len(decoded) == 16
-        assert product < min(decoded) < max(decoded) < wait, "weights are decoded while the product before runs"
+        assert len(body) / 64 <= LIMITS[f]
+        products, waits, decoded = (
+            [i for i, line in enumerate(body) if line.startswith(word)]
+            for word in ("HGMMA", "WARPGROUP.DEPBAR", "HMUL2")
+        )
+        assert len(waits) == 2
+        assert len(decoded) == 32
+        for wait in waits:  # 16 pairs of weights are decoded between the products in front and their end
+            issued = max((i for i in products if i < wait), default=None)
+            between = [i for i in decoded if (issued is None or i > issued) and i < wait]
+            assert len(between) == 16, "weights are decoded while the product before runs"
 
 
 @pytest.mark.compile
@@ -194,7 +270,7 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, slots):
 def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out):
     """Both operands by the copy engine and from shared memory; a product is issued before the one in front of it has ended."""
     made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, None, 2048, act, SPECIALIZED, slots=True, out=out))
-    assert made.opcodes()["UTMALDG"] == 7 + 3
+    assert made.opcodes()["UTMALDG"] == 7 + 3 * 2
     assert made.opcodes()["LDGSTS"] == 0
     loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 100]
     assert {pairs for pairs in (256, 128, 64) for b in loops if any(f"64x{pairs}x16" in line for line in b)} == {
@@ -204,6 +280,8 @@ def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out):
     }
     for body in loops:
         assert not any(line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0") for line in body)
+        place = next(re.search(r"\[(UR\d+)", line).group(1) for line in body if line.startswith("SYNCS.ARRIVE"))
+        assert any(re.match(rf"U\S+ {place},", line) for line in body), "always the same stage is given back"
 
 
 def routing(tokens: int, experts: int, top_k: int, skew: float) -> torch.Tensor:
@@ -223,14 +301,72 @@ def by_pair(y: torch.Tensor, tiles: mk.Alignment) -> torch.Tensor:
     return out
 
 
+GELU = mk.Activation("gelu_tanh", limit=1.5)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "act", [SILU, OAI, mk.Activation("gelu_tanh", limit=1.5), None], ids=["silu", "oai", "gelu", "none"]
-)
+@pytest.mark.parametrize("act", [SILU, OAI, GELU, None], ids=["silu", "oai", "gelu", "none"])
 @pytest.mark.parametrize("f", [*FORMATS, None], ids=str)
 def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
-    """Every level (256, 128, 64 pairs), K with and without a tail, biases and row weights, skewed routing, dropped pairs; rows of x
-    and of the result in the order of pairs and of slots (plain weights: of slots alone)."""
+    """Every level (256, 128, 64 pairs), rows of x and of the result in the order of pairs and of slots (plain weights: of slots alone)."""
+    for problem in drawn(f, act):
+        want = problem.product(128, TWO_PROGRAMS)
+        assert want.isfinite().all()
+        if f is not None:
+            assert torch.equal(problem.product(256, SPECIALIZED), want)
+        for config in (SPECIALIZED, TWO_PROGRAMS) if problem.bias is not None else (SPECIALIZED,):
+            assert torch.equal(problem.product(256, config, slots=True), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("f", "act"),
+    [
+        (mk.MXFP8, SILU),
+        (mk.MXFP8, None),
+        (mk.MXFP8_E5M2, GELU),
+        (mk.MXFP6_E2M3, None),
+        (mk.MXFP4, OAI),
+        (mk.MXFP4, None),
+        (mk.NVFP4, OAI),
+        (mk.NVFP4, None),
+    ],
+)
+def test_small_blocks_compute_the_same(kernel, f, act):
+    """Every level (160, 128, 96, 64 pairs), from slots; the other kernel takes five times 32 pairs of such a block."""
+    for problem in drawn(f, act):
+        if problem.packed.shape[1] >= 192:
+            want = problem.product(128, TWO_PROGRAMS)
+            few = replace(SMALL, stages=3 if problem.packed.shape[1] == 304 else 6)
+            for config in (few, Config(32, 128, 64, 4, 3)):
+                assert torch.equal(problem.product(160, config, slots=True), want)
+
+
+@dataclass
+class Drawn:
+    """A random problem, and its products for live pairs."""
+
+    kernel: ModuleType
+    act: mk.Activation | None
+    packed: mk.PackedWeight
+    x: torch.Tensor
+    ids: torch.Tensor
+    top_k: int
+    bias: torch.Tensor | None
+    weight: torch.Tensor | None
+
+    def product(self, block: int, config: Config, slots: bool = False) -> torch.Tensor:
+        tiles = mk.moe_align_block_size(self.ids, block, 9, sort=True)
+        x, top_k = (mk.gather_rows(self.x, tiles, top_k=self.top_k), 0) if slots else (self.x, self.top_k)
+        args = flat_product(
+            x, self.packed, tiles, top_k, mk.Epilogue(self.bias, self.act), self.weight, torch.float32, slots
+        )
+        y = self.kernel.grouped_gemm_packed(*args, config)
+        return (by_pair(y, tiles) if slots else y)[(self.ids >= 0).flatten()]
+
+
+def drawn(f: mk.Format | None, act: mk.Activation | None) -> Iterator[Drawn]:
+    """K with and without a tail, steps of even and odd number, biases and row weights, skewed routing, dropped pairs."""
     for n, k, skew, top_k in ((256, 256, 0.0, 2), (304, 320, 1.5, 2), (128, 160, 3.0, 1), (1536, 2048, 0.5, 2)):
         if (f is None and k % 64) or (f is not None and f.element.bits == 4 and k % 64):
             k += 32
@@ -241,35 +377,22 @@ def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
         x = torch.randn(1900 if act else ids.numel(), k, device="cuda").bfloat16()
         bias = torch.randn(9, n, device="cuda") if k != 256 else None
         weight = torch.rand(ids.numel(), device="cuda") if act is None or k == 320 else None
-        of = top_k if act else 1
-        live = (ids >= 0).flatten()
-
-        def product(x, tiles, top_k, config, to_slots=False, p=p, bias=bias, weight=weight):
-            args = flat_product(x, p, tiles, top_k, mk.Epilogue(bias, act), weight, torch.float32, to_slots)
-            return kernel.grouped_gemm_packed(*args, config)
-
-        want = product(x, mk.moe_align_block_size(ids, 128, 9, sort=True), of, TWO_PROGRAMS)[live]
-        assert want.isfinite().all()
-        tiles = mk.moe_align_block_size(ids, 256, 9, sort=True)
-        slots = mk.gather_rows(x, tiles, top_k=of)
-        if f is not None:
-            assert torch.equal(product(x, tiles, of, SPECIALIZED)[live], want)
-        for config in (SPECIALIZED, TWO_PROGRAMS) if bias is not None else (SPECIALIZED,):
-            assert torch.equal(by_pair(product(slots, tiles, 0, config, True), tiles)[live], want)
+        kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
+        yield Drawn(kernel, act, p, x, ids, top_k if act else 1, bias, weight)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("slots", [False, True], ids=["pairs", "slots"])
-def test_more_blocks_than_are_looked_up(kernel, slots):
+@pytest.mark.parametrize("how", ["pairs", "slots", "small"])
+def test_more_blocks_than_are_looked_up(kernel, how):
     """Over 1024 blocks each walks the weight tiles alone; up to there those of an expert do so together, in parts of equal size."""
     p = mk.pack(mk.quantize(torch.randn(3, 288, 128, device="cuda") * 0.1, mk.MXFP8))
     for tokens in (4500, 140000):
         ids = routing(tokens, 3, 2, 0.5)
         x = torch.randn(tokens, 128, device="cuda").bfloat16()
         outputs = []
-        for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256)):
+        for config, block in ((TWO_PROGRAMS, 128), (SMALL, 160) if how == "small" else (SPECIALIZED, 256)):
             tiles = mk.moe_align_block_size(ids, block, 3, sort=True)
-            boxed = slots and block == 256
+            boxed = how != "pairs" and block > 128
             source = mk.gather_rows(x, tiles, top_k=2) if boxed else x
             args = flat_product(source, p, tiles, 0 if boxed else 2, mk.Epilogue(), None, torch.bfloat16)
             outputs.append(kernel.grouped_gemm_packed(*args, config)[(ids >= 0).flatten()])
@@ -285,11 +408,14 @@ def test_experts_of_a_layer_that_are_elsewhere(kernel):
     x = torch.randn(3000, 512, device="cuda").bfloat16()
     here = torch.where(ids >= 0, expert_map[ids.clamp(min=0).long()], -1).flatten() >= 0
     outputs = []
-    for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256)):
+    for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256), (SMALL, 160)):
         tiles = mk.moe_align_block_size(ids, block, 3, expert_map, sort=True)
-        args = flat_product(x, p, tiles, 2, mk.Epilogue(activation=SILU), None, torch.bfloat16)
+        boxed = block == 160
+        rows = mk.gather_rows(x, tiles, top_k=2) if boxed else x
+        args = flat_product(rows, p, tiles, 0 if boxed else 2, mk.Epilogue(activation=SILU), None, torch.bfloat16)
         outputs.append(kernel.grouped_gemm_packed(*args, config)[here])
-    assert torch.equal(*outputs)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,24 +34,29 @@ problems = st.builds(
 )
 @settings(max_examples=300, deadline=None)
 def test_every_choice_is_legal(p, pairs, units, shared, specialized, slots):
-    pairs = pairs or model_block(p, specialized)
+    pairs = pairs or model_block(p, specialized, slots)
     c = choose_config(p, pairs, units, shared, specialized, slots)
     assert pairs % c.pairs == 0
-    assert c.rows in (64, 128, 256)
+    assert c.rows in ((64, 128, 256) if not c.specialized else (128, 192))
     assert c.split in (1, 2, 4, 8)
     assert c.split <= -(-p.k // c.step)
     assert c.pairs // (1 << (c.levels - 1)) >= 16
     assert c.split == 1 or c.group == 1
     assert shared_bytes(c, p) <= shared
     assert c.rows <= max(64, 2 * p.n) or c.specialized  # whose plan asks for 128 rows
-    assert not c.specialized or (specialized and c.pairs == pairs == 256 and (slots or p.element != ""))
+    if c.specialized:
+        assert specialized
+        assert c.pairs == pairs
+        assert pairs in ((160, 256) if slots and p.element else (256,))
+        assert slots or p.element
 
 
-@given(st.integers(1, 1 << 20), st.integers(1, 512), st.booleans(), st.sampled_from([0, 512, 768]))
-def test_blocks_grow_with_the_pairs_of_an_expert(pairs, experts, plain, specialized):
-    block = block_pairs(pairs, experts, plain, specialized)
-    assert block <= block_pairs(2 * pairs, experts, plain, specialized)
-    assert block in (16, 32, 64, 128, 256 if plain or specialized else 128)
+@given(problems, st.booleans(), st.booleans())
+def test_blocks_grow_with_the_pairs_of_an_expert(p, specialized, slots):
+    block = model_block(p, specialized, slots)
+    assert block <= model_block(replace(p, num_pairs=2 * p.num_pairs), specialized, slots)
+    assert block in (16, 32, 64, 128, 160, 256)
+    assert block == block_pairs(p.num_pairs, p.num_experts, p.element == "") or (specialized and block >= 160)
 
 
 @pytest.mark.parametrize(

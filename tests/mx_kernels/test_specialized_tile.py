@@ -1,0 +1,222 @@
+"""Who loads and who multiplies hand stages to each other (``kernels/specialized_load.py``, ``specialized_tile.py``).
+
+Their source runs here as plain Python, a thread for each warpgroup, over barriers and buffers that remember what they hold: every step
+finds its own rows, codes and scales, nothing is overwritten before all have read it, and nobody waits forever.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import FunctionType, SimpleNamespace
+
+import pytest
+
+load = pytest.importorskip("mx_kernels.kernels.specialized_load", exc_type=ImportError)
+tile = pytest.importorskip("mx_kernels.kernels.specialized_tile", exc_type=ImportError)
+
+SECONDS = 5  # until who waits is given up
+
+
+class Barrier:
+    """An mbarrier: a phase ends when ``count`` have arrived and all bytes that were expected have come."""
+
+    def __init__(self, world, count):
+        self.world, self.count = world, count
+        self.phase = self.arrived = self.missing = 0
+
+    def change(self, arrivals=0, expected=0, came=0):
+        with self.world:
+            self.arrived += arrivals
+            self.missing += expected - came
+            assert self.arrived <= self.count
+            if self.arrived == self.count and self.missing == 0:
+                self.phase, self.arrived = self.phase ^ 1, 0
+                self.world.notify_all()
+
+    def wait(self, parity):
+        with self.world:
+            assert self.world.wait_for(lambda: self.phase != parity, SECONDS), "waits forever"
+
+
+class Place:
+    """A part of shared memory: what it holds, and how many have still to read it."""
+
+    def __init__(self, readers):
+        self.readers, self.held, self.unread = readers, None, 0
+
+    def slice(self, *_):
+        return self
+
+    def fill(self, what):
+        assert self.unread == 0 or self.held == what, "overwritten before all have read it"
+        self.held, self.unread = what, self.readers
+
+    def read(self):
+        assert self.unread > 0, "read where nothing has come"
+        self.unread -= 1
+        return self.held
+
+
+class Places(list):
+    index = list.__getitem__
+    shape: tuple[int, int]
+
+
+class Number(int):
+    """An int whose comparisons are tensors."""
+
+    def __sub__(self, other):
+        return Number(int(self) - other)
+
+    def __eq__(self, other):
+        return Bit(int(self) == other)
+
+    def __le__(self, other):
+        return Bit(int(self) <= other)
+
+    __hash__ = int.__hash__
+
+
+class Bit(int):
+    def to(self, kind):
+        return kind(self)
+
+
+def plain_python(**replaced):
+    """The functions of both modules, which see each other and ``replaced``."""
+    space = {}
+    for name, value in {**vars(load), **vars(tile)}.items():
+        jitted = hasattr(value, "fn") and hasattr(value, "arg_names")
+        space[name] = FunctionType(value.fn.__code__, space, name, value.fn.__defaults__) if jitted else value
+    for name in ("BK", "PART", "LINES"):
+        space[name] = getattr(load, name).value
+    gl = SimpleNamespace(
+        cdiv=lambda a, b: Number(-(-a // b)),
+        where=lambda c, a, b: a if c else b,
+        minimum=min,
+        static_range=range,
+        int32=int,
+    )
+    gl.DotOperandLayout = gl.NVMMADistributedLayout = lambda *_: None
+    mbarrier = SimpleNamespace(
+        wait=Barrier.wait,
+        arrive=lambda barrier, count, pred=True: barrier.change(arrivals=count) if pred else None,
+        expect=lambda barrier, size, pred=True: barrier.change(1, size) if pred else None,
+    )
+    space |= {"gl": gl, "mbarrier": mbarrier, "main_of": lambda n: 1 << (n.bit_length() - 1), "_barrier": lambda: None}
+    return SimpleNamespace(**(space | {"space": space})), space.update(replaced)
+
+
+def run(kind, groups, stages, k, pairs, levels):
+    """What each warpgroup multiplied, step by step, in tiles of such numbers of pairs."""
+    world = threading.Condition()
+    full, empty = (Places(Barrier(world, n) for _ in range(stages)) for n in (1, groups))
+    xs, xt = (Places(Place(groups) for _ in range(stages)) for _ in range(2))
+    xs.shape = (stages, 128 if pairs == 160 else 256)
+    ws, ss = (Places(Place(1) for _ in range(stages * groups)) for _ in range(2))
+    ring = (xs, xt, ws, ss, full, empty)
+    box, units, tail = 32 if pairs == 160 else 64, 1 if kind == "e2m1" else 2, int(k % 128 != 0)
+    seen, errors, current = [[] for _ in range(groups)], [], [0]
+
+    def copy_box(source, at, barrier, target, pred=True):
+        if pred:
+            what, size = source(*at)
+            target.fill((current[0], *what))
+            barrier.change(came=size)
+
+    sources = (  # what a box brings, and its bytes
+        lambda row, column: (("x", column), 2 * 64 * box),
+        (lambda row, column: (("w", row // 64, column), 2 * 64 * 64))
+        if kind == ""
+        else (lambda row, column: (("w", row % 1000 // 16, row // 1000 // units * 64), 64 * 32)),
+        lambda row, column: (("s", column // 64, row), 64 * 4),
+    )
+
+    def loads():
+        loader, _ = plain_python(_copy_box=copy_box)
+        stage = phase = 0
+        for current[0], n in enumerate(levels):
+            where = (0, 0, 0, 0, 32000, Number(k), stage, phase, ring)
+            stage, phase = loader._load_boxes(*sources, *where, n, box, groups, kind, 32, tail, stages)
+
+    def multiplies(of):
+        flying = []
+
+        def issued(a, ring, stage, acc, rest, n):
+            flying.append((a, [xs[stage], xt[stage]] if n in (96, 160) and n > xs.shape[1] else [xs[stage]]))
+            return acc, rest
+
+        def wait(pending, deps=()):
+            while len(flying) > pending:
+                a, rows = flying.pop(0)
+                found = {place.read() for place in rows}
+                assert len(found) == 1
+                seen[of].append((a.read() if isinstance(a, Place) else a, *found))
+            return deps[0] if deps else None
+
+        def ended(acc, rest, n):
+            wait(0)
+            return acc, rest
+
+        product, _ = plain_python(
+            _issued=issued,
+            _ended=ended,
+            warpgroup_mma_wait=wait,
+            _sums_of=lambda n: (0, 0),
+            _used=lambda a: None,
+            _scale_words=lambda ss, stage, of, groups, *_: ss[stage * groups + of].read(),
+            _decoded=lambda ws, scales, stage, second, of, groups, *_: (
+                ws[stage * groups + of].read(),
+                scales,
+                int(second),
+            ),
+        )
+        stage = phase = 0
+        for n in levels:
+            if kind == "":
+                *_, stage, phase = product.plain_tile(ring, stage, phase, Number(k), of, groups, n, stages)
+            else:
+                *_, stage, phase = product.tile(
+                    ring, stage, phase, Number(k), of, groups, n, kind, 32, tail, stages, True
+                )
+
+    def guarded(work, *args):
+        try:
+            work(*args)
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=guarded, args=(loads,), daemon=True)]
+    threads += [threading.Thread(target=guarded, args=(multiplies, of), daemon=True) for of in range(groups)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(2 * SECONDS)
+    if errors:
+        raise errors[0]
+    return seen
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("k", [64, 128, 192, 256, 320, 768, 2880])
+@pytest.mark.parametrize("stages", [3, 4, 6])
+@pytest.mark.parametrize(
+    ("kind", "groups", "pairs", "levels"),
+    [
+        ("", 2, 256, (256, 64, 128)),
+        ("e2m1", 2, 256, (64, 256, 128)),
+        ("e4m3", 3, 160, (160, 96, 64, 128, 160)),
+        ("e2m1", 3, 160, (128, 160)),
+    ],
+)
+def test_every_step_finds_its_own(kind, groups, pairs, levels, stages, k):
+    seen = run(kind, groups, stages, k, pairs, levels)
+    steps = range(-(-k // 64))
+    for of, got in enumerate(seen):
+        want = []
+        for i in range(len(levels)):
+            for step in steps:
+                w, x = (i, "w", of, 64 * step), (i, "x", 64 * step)
+                second = 1 if step % 2 or (k % 128 and step == steps[-1]) else 0
+                want.append((w, x) if kind == "" else ((w, (i, "s", of, step // 2), second), x))
+        assert got == want

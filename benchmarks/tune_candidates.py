@@ -57,10 +57,8 @@ def model(shape: Shape, fmt: str, tokens: int, units: int) -> tuple[int, dict[in
 def near(c: Config, pairs: int) -> list[Config]:
     """Every configuration that differs from ``c`` in one respect."""
     if c.specialized:
-        found = [replace(c, stages=s) for s in (c.stages - 1, c.stages, c.stages + 1)] + [
-            replace(c, group=g) for g in (1, 4, 8, 16)
-        ]
-        return [d for d in found if d != c]
+        found = [replace(c, stages=c.stages - 1), replace(c, stages=c.stages + 1)]
+        return found + [replace(c, group=g) for g in (1, 4, 8, 16) if g != c.group]
     out = [replace(c, stages=s) for s in (c.stages - 1, c.stages + 1) if s >= 2]
     out += [replace(c, levels=v) for v in (c.levels - 1, c.levels + 1) if v >= 1 and c.pairs >> (v - 1) >= 16]
     out += [replace(c, group=g) for g in (1, 4, 8, 16) if c.split == 1 and pairs > 64]

@@ -137,7 +137,7 @@ ROUTINGS = [
 
 
 @gpu
-@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize("block", [16, 64, 160, 256])
 @pytest.mark.parametrize(("tokens", "k", "experts", "spread"), ROUTINGS)
 def test_routings(tokens, k, experts, spread, block):
     """Self-routed and sorted, one token, all to one expert, blocks larger than a tile."""
@@ -341,7 +341,8 @@ torch.manual_seed(0)
 OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=1.0)
 GELU = mk.Activation("gelu_tanh", gated=False)
 cases = [(torch.bfloat16, mk.MXFP4, 8, OAI, None), (mk.MXFP8, mk.MXFP6_E2M3, 128, mk.Activation("silu"), mk.MXFP4),
-         (mk.NVFP4, mk.NVFP4, 16, GELU, None), (torch.float32, mk.MXFP6_E3M2, 32, None, mk.MXFP6_E3M2)]
+         (mk.NVFP4, mk.NVFP4, 16, GELU, None), (torch.float32, mk.MXFP6_E3M2, 32, None, mk.MXFP6_E3M2),
+         (torch.bfloat16, mk.MXFP8, 16, None, None), (torch.bfloat16, mk.MXFP4, 160, mk.Activation("silu"), None)]
 for i, (xk, wk, block, act, to) in enumerate(cases):
     x, n = torch.randn(9, 96), 192 if act is not None and act.gated else 96
     w = mk.quantize(torch.randn(5, n, 96), wk)

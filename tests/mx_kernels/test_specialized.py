@@ -239,8 +239,7 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
     small, slots = how == "small", how != "pairs"
     config, block = (SMALL, 160) if small else (SPECIALIZED, 256)
     plan, tensors = meta_product(kernel, monkeypatch, f, k, act, config, slots=slots, block=block)
-    spills = 40 if small else 8 if f.element.bits == 8 and act is None and how == "pairs" else 0
-    made = compiled(aot, kernel, plan, tensors, spills)
+    made = compiled(aot, kernel, plan, tensors, 40 if small else 0)
     # of x four, two and one of 64 rows for 256, 128 and 64 pairs, or of 32 rows five to two; the weights, 32 or 64 columns of 64 rows, and
     # their scales
     boxes, levels, groups = (5 + 4 + 3 + 2, 4, 3) if small else (7, 3, 2)

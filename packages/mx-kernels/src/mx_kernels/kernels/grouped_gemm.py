@@ -82,9 +82,9 @@ def counters(device: torch.device, count: int) -> Tensor:
     return made
 
 
-ROLES = {(128, False): (208, 88), (128, True): (232, 48), (192, True): (160, 32)}
+ROLES = {(128, False): (216, 80), (128, True): (232, 48), (192, True): (160, 32)}
 """Registers of a thread that multiplies and of one that loads, where warps do one of the two, by weight rows of a program and whether
-the copy engine is sent for boxes, which needs no addresses. 2 x 232 + 48 = 3 x 160 + 32 = 65536 / 128."""
+the copy engine is sent for boxes, which needs no addresses. 2 x 216 + 80 = 2 x 232 + 48 = 3 x 160 + 32 = 65536 / 128."""
 
 
 @functools.cache

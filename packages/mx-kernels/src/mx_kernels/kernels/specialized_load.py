@@ -157,13 +157,6 @@ def half_of(step, k, TAIL: gl.constexpr):
 
 
 @gluon.jit
-def _scales_of(s, strip0, ROWS: gl.constexpr, BLOCK: gl.constexpr):
-    """Addresses of the words of scales of a tile's first ROWS rows."""
-    row = strip0 * 16 + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    return s.to(gl.pointer_type(gl.int32)) + row * (32 // BLOCK)
-
-
-@gluon.jit
 def _scales_at(step, s_step, k, BLOCK: gl.constexpr, TAIL: gl.constexpr):
     """Where a step's scales begin, in words."""
     s0 = (step >> 1) * (s_step // 4)
@@ -193,7 +186,8 @@ def _load_rows(
     part = gl.arange(0, BK // UNIT, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None] * w_step
     strip = strip0 + gl.arange(0, ROWS // 16, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :, None]
     w_from = w + (part + strip * 128 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :])
-    s_from = _scales_of(s, strip0, ROWS, BLOCK)
+    row = strip0 * 16 + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    s_from = s.to(gl.pointer_type(gl.int32)) + row * (32 // BLOCK)
     k0 = 0
     for step in range(gl.cdiv(k, BK)):
         mbarrier.wait(empty.index(stage), phase ^ 1)

@@ -149,8 +149,7 @@ def _decoded(
 
 @gluon.jit
 def _used(a):
-    """A use of registers, by a store that never happens: what they hold is there by now, decoded before a wait and not after it, and
-    kept until then while a product reads it (ptxas before 12.9 would take the registers for something else)."""
+    """A use of registers, by a store that never happens: what they hold is there by now, decoded before a wait and not after it."""
     gl.inline_asm_elementwise(
         """
         {

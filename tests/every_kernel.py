@@ -140,8 +140,9 @@ def specialized() -> None:
                 rows = mk.gather_rows(x, blocks, top_k=TOP_K)
                 args = flat_product(rows, p, blocks, 0, epilogue, None, torch.bfloat16)
                 finite(kernel.grouped_gemm_packed(*args, small)[live])
-            args = flat_product(x, p, tiles, TOP_K, epilogue, None, torch.bfloat16)
-            finite(kernel.grouped_gemm_packed(*args, config)[live])
+            for routed_to, chosen in ((tiles, config), (blocks, small)):
+                args = flat_product(x, p, routed_to, TOP_K, epilogue, None, torch.bfloat16)
+                finite(kernel.grouped_gemm_packed(*args, chosen)[live])
         with filled_memory():
             rows = mk.gather_rows(x, tiles, top_k=TOP_K)
             finite(

@@ -19,7 +19,7 @@ from mx_kernels.tuning import Config, Problem, choose_config
 SILU = mk.Activation("silu")
 OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
 SPECIALIZED = Config(256, 128, 64, 4, 4, group=4, specialized=True)  # two warpgroups that multiply
-SMALL = Config(160, 192, 64, 4, 6, group=2, specialized=True)  # three, from slots alone
+SMALL = Config(160, 192, 64, 4, 6, group=2, specialized=True)  # three
 TWO_PROGRAMS = Config(128, 128, 64, 4, 4, levels=3)
 FORMATS = [mk.MXFP8, mk.MXFP8_E5M2, mk.MXFP6_E2M3, mk.MXFP4, mk.NVFP4]
 
@@ -45,10 +45,12 @@ def kernel():
 )
 def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, slots):
     p = Problem("e4m3", 32, pairs, experts, n, k)
-    small = choose_config(p, 160, specialized=True, slots=True)
-    assert small.specialized == (pairs >= 80 * experts and k >= 768)
-    assert (small.pairs, small.rows) == ((160, 192) if small.specialized else (32, 128))
-    assert not choose_config(p, 160, specialized=True).specialized
+    for small, gains in (
+        (choose_config(p, 160, specialized=True, slots=True), pairs >= 80 * experts and k >= 768),
+        (choose_config(p, 160, specialized=True), pairs >= 72 * experts and k >= 2048),
+    ):
+        assert small.specialized == gains
+        assert (small.pairs, small.rows) == ((160, 192) if gains else (32, 128))
     assert not choose_config(replace(p, element=""), 160, specialized=True, slots=True).specialized
     assert choose_config(p, 256, specialized=True).specialized == pairs_order
     assert choose_config(p, 256, specialized=True, slots=True).specialized == slots
@@ -66,11 +68,17 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
         ("e2m1", 56, 5760, 2880, 160, 128),
         ("e4m3", 79, 5760, 2880, 128, 128),
         ("e4m3", 80, 5760, 2880, 160, 128),
-        ("e5m2", 168, 5760, 2880, 160, 128),
-        ("e2m1", 169, 5760, 2880, 256, 128),
+        ("e5m2", 160, 5760, 2880, 160, 128),
+        ("e2m1", 168, 5760, 2880, 256, 128),  # most experts need a second block of 160
+        ("e2m1", 256, 5760, 2880, 160, 128),  # which holds what half of them have over 256 too
+        ("e2m1", 448, 5760, 2880, 256, 128),
         ("e2m1", 128, 5760, 2912, 128, 128),  # half a step
         ("e2m1", 128, 5792, 2880, 128, 128),  # likewise, of the second product
-        ("e2m1", 128, 1536, 2048, 128, 128),  # not worth a gather
+        ("e2m1", 71, 1536, 2048, 128, 128),  # not worth a gather
+        ("e4m3", 72, 1536, 2048, 160, 128),
+        ("e2m1", 159, 1536, 2048, 160, 128),
+        ("e2m1", 160, 1536, 2048, 128, 128),
+        ("e2m1", 128, 1408, 2048, 128, 128),  # whose second product's rows are short
         ("e2m1", 223, 1536, 2048, 128, 128),
         ("e2m1", 224, 1536, 2048, 256, 128),  # for the sake of the second product
         ("e2m1", 768, 1536, 2048, 256, 256),
@@ -105,7 +113,19 @@ def test_only_where_the_device_has_warpgroup_products(monkeypatch):
 
 
 def meta_product(
-    kernel, monkeypatch, f, k, act, config=None, *, pairs=8192, block=256, slots=False, out=torch.bfloat16, **epilogue
+    kernel,
+    monkeypatch,
+    f,
+    k,
+    act,
+    config=None,
+    *,
+    pairs=8192,
+    block=256,
+    slots=False,
+    out=torch.bfloat16,
+    x=None,
+    **epilogue,
 ):
     """The plan of a product on the meta device, and its tensors. f: None for plain weights; slots: x and y have a row a slot."""
     calls = []
@@ -123,7 +143,7 @@ def meta_product(
     weight = torch.empty(pairs, device="meta") if act is None else None
     top_k = 2 if act else 1
     rows, top_k = (capacity, 0) if slots else (pairs // top_k, top_k)
-    x = torch.empty((rows, k), dtype=torch.bfloat16, device="meta")
+    x = torch.empty((rows, k), dtype=torch.bfloat16, device="meta") if x is None else x
     y = kernel.grouped_gemm_packed(
         *flat_product(x, p, tiles, top_k, mk.Epilogue(bias, act, **epilogue), weight, out, slots), config
     )
@@ -140,6 +160,9 @@ def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, mo
         assert plan.kernel is kernel._grouped_gemm_packed_kernel
         with pytest.raises(ValueError, match="specialized"):
             meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU, SPECIALIZED, **changed)
+    for x in (torch.empty(4096, width, dtype=torch.bfloat16, device="meta")[:, :2048] for width in (2049, 2056)):
+        loose, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU, x=x)
+        assert loose.kernel is kernel._grouped_gemm_packed_kernel  # rows that begin anywhere cannot be copied so
     short, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 96, SILU)  # half of its K is padding
     assert short.kernel is kernel._grouped_gemm_packed_kernel
     loose, _ = meta_product(kernel, monkeypatch, None, 2048, SILU)  # plain weights, and x not in slot order
@@ -157,18 +180,21 @@ def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, mo
 
 
 def test_small_blocks(kernel, monkeypatch):
-    """From slots and of quantized weights alone; elsewhere blocks of 160 pairs are five of 32 to the other kernel."""
+    """Of quantized weights alone; elsewhere blocks of 160 pairs are five of 32 to the other kernel."""
     args = (kernel, monkeypatch, mk.MXFP4, 2048, SILU)
     taken, _ = meta_product(*args, block=160, pairs=1024, slots=True)
     assert taken.constants[:2] == (160, 3)
     assert taken.boxes[0][2] == (32, 64)
     assert meta_product(*args, SMALL, block=160, slots=True)[0].kernel is taken.kernel
-    for f, slots in ((mk.MXFP4, False), (None, True)):
-        plan, _ = meta_product(kernel, monkeypatch, f, 2048, SILU, block=160, pairs=1024, slots=slots)
-        assert plan.kernel is kernel._grouped_gemm_packed_kernel
-        assert plan.constants[:2] == (32, 5)
-        with pytest.raises(ValueError, match="specialized"):
-            meta_product(kernel, monkeypatch, f, 2048, SILU, SMALL, block=160, slots=slots)
+    copied, _ = meta_product(*args, block=160, pairs=1024)
+    assert copied.kernel is taken.kernel
+    assert [place for place, _, _ in copied.boxes] == [1, 2]
+    plain = (kernel, monkeypatch, None, 2048, SILU)
+    plan, _ = meta_product(*plain, block=160, pairs=1024, slots=True)
+    assert plan.kernel is kernel._grouped_gemm_packed_kernel
+    assert plan.constants[:2] == (32, 5)
+    with pytest.raises(ValueError, match="specialized"):
+        meta_product(*plain, SMALL, block=160, slots=True)
     for config, block in ((SMALL, 256), (SPECIALIZED, 160), (replace(SMALL, rows=128), 160)):
         with pytest.raises(ValueError, match="specialized"):
             meta_product(*args, config, block=block, slots=True)
@@ -229,21 +255,21 @@ def compiled(aot, kernel, plan, tensors, spills=0):
         ),
         (mk.MXFP8_E5M2, SILU, "slots"),
         *((mk.MXFP4, act, how) for act, how in ((OAI, "pairs"), (OAI, "slots"), (None, "small"))),
-        *((mk.NVFP4, act, how) for act, how in ((None, "pairs"), (SILU, "slots"), (None, "small"))),
+        *((mk.NVFP4, act, how) for act, how in ((None, "pairs"), (SILU, "slots"), (SILU, "small pairs"))),
     ],
     ids=lambda v: v if isinstance(v, str) else str(v) if v in FORMATS else {SILU: "silu", OAI: "oai", None: "gemm2"}[v],
 )
 def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
-    """Products from registers; all by the copy engine where x lies in slot order."""
+    """Products from registers; weights by the copy engine, and x where it lies in slot order."""
     k = 2880 if f is mk.MXFP4 else 2048
-    small, slots = how == "small", how != "pairs"
+    small, slots = "small" in how, "pairs" not in how
     config, block = (SMALL, 160) if small else (SPECIALIZED, 256)
     plan, tensors = meta_product(kernel, monkeypatch, f, k, act, config, slots=slots, block=block)
     made = compiled(aot, kernel, plan, tensors, 40 if small else 0)
     # of x four, two and one of 64 rows for 256, 128 and 64 pairs, or of 32 rows five to two; the weights, 32 or 64 columns of 64 rows, and
     # their scales
     boxes, levels, groups = (5 + 4 + 3 + 2, 4, 3) if small else (7, 3, 2)
-    assert made.opcodes()["UTMALDG"] == (boxes + levels * groups * (2 if f.element.bits == 4 else 3) if slots else 0)
+    assert made.opcodes()["UTMALDG"] == boxes * slots + levels * groups * (2 if f.element.bits == 4 else 3)
     assert (made.opcodes()["LDGSTS"] > 0) == (not slots)
     loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 8 and len(body) < 400]
     for pairs in (128, 64) if small else (256, 128, 64):
@@ -279,8 +305,12 @@ def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out):
     }
     for body in loops:
         assert not any(line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0") for line in body)
-        place = next(re.search(r"\[(UR\d+)", line).group(1) for line in body if line.startswith("SYNCS.ARRIVE"))
-        assert any(re.match(rf"U\S+ {place},", line) for line in body), "always the same stage is given back"
+        waits, gives = (
+            next(i for i, line in enumerate(body) if line.startswith(f"SYNCS.{w}")) for w in ("PHASECHK", "ARRIVE")
+        )
+        place = re.search(r"\[(U?R\d+)", body[gives]).group(1)
+        between = body[waits:gives] if waits < gives else body[waits:] + body[:gives]
+        assert any(re.match(rf"\S+ {place},", line) for line in between), "not the stage in front is given back"
 
 
 def routing(tokens: int, experts: int, top_k: int, skew: float) -> torch.Tensor:
@@ -332,13 +362,13 @@ def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
     ],
 )
 def test_small_blocks_compute_the_same(kernel, f, act):
-    """Every level (160, 128, 96, 64 pairs), from slots; the other kernel takes five times 32 pairs of such a block."""
+    """Every level (160, 128, 96, 64 pairs), from slots and not; the other kernel takes five times 32 pairs of such a block."""
     for problem in drawn(f, act):
         if problem.packed.shape[1] >= 192:
             want = problem.product(128, TWO_PROGRAMS)
             few = replace(SMALL, stages=3 if problem.packed.shape[1] == 304 else 6)
-            for config in (few, Config(32, 128, 64, 4, 3)):
-                assert torch.equal(problem.product(160, config, slots=True), want)
+            for config, slots in ((few, True), (few, False), (Config(32, 128, 64, 4, 3), True)):
+                assert torch.equal(problem.product(160, config, slots=slots), want)
 
 
 @dataclass
@@ -378,6 +408,24 @@ def drawn(f: mk.Format | None, act: mk.Activation | None) -> Iterator[Drawn]:
         weight = torch.rand(ids.numel(), device="cuda") if act is None or k == 320 else None
         kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
         yield Drawn(kernel, act, p, x, ids, top_k if act else 1, bias, weight)
+
+
+@pytest.mark.gpu
+def test_fewer_tiles_than_programs_or_none(kernel):
+    """Tiles are drawn from a counter, which is zero again whatever there was to draw."""
+    p = mk.pack(mk.quantize(torch.randn(8, 256, 256, device="cuda") * 0.1, mk.MXFP4))
+    for tokens, live in ((2000, 8), (300, 1), (300, 0)):
+        ids = routing(tokens, 8, 2, 0.5)
+        ids[ids >= live] = -1
+        x = torch.randn(tokens, 256, device="cuda").bfloat16()
+        outputs = []
+        for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256), (SMALL, 160)):
+            tiles = mk.moe_align_block_size(ids, block, 8, sort=True)
+            args = flat_product(x, p, tiles, 2, mk.Epilogue(), None, torch.bfloat16)
+            outputs.append(kernel.grouped_gemm_packed(*args, config)[(ids >= 0).flatten()])
+            assert not kernel.counters(x.device, 1).any()
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[0], outputs[2])
 
 
 @pytest.mark.gpu
@@ -442,9 +490,11 @@ def test_a_layer_of_mixtral_takes_it_and_repeats_itself(kernel, f):
     want = torch.nn.functional.silu(gate) * up
     assert (first[pairs] - want).norm() / want.norm() < 1e-5
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # which begins with the capture
         again = product()
+        held = kernel.counters(again.device, 1)
     for _ in range(5):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(first, again)
+        assert not held.any(), "who draws the last tile makes the counter zero again"

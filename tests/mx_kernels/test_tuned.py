@@ -127,6 +127,13 @@ def test_the_alignment_of_a_layer_asks_the_rows(rows):
     assert mk.block_size(2048, 128, "cpu", w) == 16
 
 
+def test_a_row_counts_where_the_model_takes_the_blocks_it_was_measured_against(rows):
+    w = mk.pack(mk.quantize(torch.randn(128, 32, 64), mk.MXFP4))
+    rows(Row(0, w.problem(20 * 128, 128), 128, ODD, 1.0, 2.0))
+    assert mk.block_size(24 * 128, 128, "cuda", w) == 128
+    assert mk.block_size(26 * 128, 128, "cuda", w) == 64  # near, but the model has changed its mind
+
+
 @given(problems, problems)
 @settings(max_examples=200, deadline=None)
 def test_distance_is_one(a, b):

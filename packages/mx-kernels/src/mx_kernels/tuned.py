@@ -159,10 +159,12 @@ def config_for(
 def block_for(p: Problem, device: torch.device, slots: bool = False) -> int:
     """Pairs of a block of the alignment for a layer whose first weight is ``p``'s: of a near row, else the model's.
 
-    slots: its tokens may be brought into slot order. Rows are passed over while tracing, where the number of pairs may be a symbol.
+    slots: its tokens may be brought into slot order. A row counts where the model takes the same blocks for it, since it was measured
+    against those. Rows are passed over while tracing, where the number of pairs may be a symbol.
     """
     row = None if torch.compiler.is_compiling() or not ROWS else _row(p, device)
-    return model_block(p, wgmma(device), slots) if row is None else row.block
+    block = model_block(p, wgmma(device), slots)
+    return block if row is None or model_block(row.problem, wgmma(device), slots) != block else row.block
 
 
 def model_block(p: Problem, specialized: bool = False, slots: bool = False) -> int:

@@ -10,11 +10,12 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   go to the tensor cores as they are: there fewer bytes from the second-level cache count, so from r = 96 on one program
   takes 256 pairs.
 - Over long rows (K), where a device has warpgroup products (sm_90), warps that only load feed warps that only decode and multiply
-  (``kernels/specialized.py``), where the rows of x lie in slot order (``slots.py``): three warpgroups in blocks of 160 pairs, from r = 56
-  (4 bits) or 80 on, as long as most experts need no second block; then two in blocks of 256. h can be kept so at once, and then rows of
-  768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product takes K N / 3 operations: worth it for wide
-  weights (``GATHERED`` rows). Where x lies elsewhere, two warpgroups gain from r = 768 on. Plain weights, which nothing decodes, gain
-  from r = 1024 on.
+  (``kernels/specialized.py``), where the rows of x lie in slot order (``slots.py``): three warpgroups in blocks of 160 pairs from r = 56
+  (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters).
+  h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product
+  takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied
+  instead, one by one, three warpgroups gain from r = 72 to 160, two from 768 on. Plain weights, which nothing decodes, gain from
+  r = 1024 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all blocks of an expert do, where a wave of programs would otherwise be one block's.
 
@@ -25,6 +26,7 @@ measured 64 and 128; torch 2.11, Triton 3.6, November 2026; docs/performance.md)
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -33,8 +35,13 @@ SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likew
 LONG, SHORT = 2048, 768  # columns from which on that kernel gains, and where h is in slot order
 GATHERED = 5120  # weight rows from which on tokens are brought into slot order for a product
 SMALL, LARGE = 160, 256  # pairs of its blocks
-MOST = 168  # pairs an expert up to which small ones are faster, where few experts have over 160
+COSTS = {  # of a block by the pairs that its loop is for (measured: MXFP4, 5760 x 2880, 128 experts, microseconds)
+    SMALL: {64: 623, 96: 719, 128: 815, 160: 959},
+    LARGE: {64: 780, 128: 950, 256: 1383},
+}
 ORDERED = 224  # pairs an expert from which on a layer takes large blocks for its second product's sake
+LEAST = 160  # pairs an expert from which on large blocks gain where rows lie in slot order
+MANY = 768  # pairs an expert from which on they gain wherever x lies
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,25 @@ def block_pairs(num_pairs: int, num_experts: int, plain: bool = False) -> int:
     return 256 if plain else 128
 
 
+@functools.cache
+def small_blocks(each: float, element: str) -> bool:
+    """Whether blocks of ``SMALL`` pairs are expected to cost less than those of ``LARGE``, for experts that get so many on average.
+
+    Their pairs are taken as normal with variance ``each``, as if every expert were as likely as another. Codes of 8 bits cost small
+    blocks 5% more.
+    """
+    sd = math.sqrt(each)
+    pairs = range(max(1, int(each - 4 * sd)), int(each + 4 * sd) + 2)
+    cost = dict.fromkeys(COSTS, 0.0)
+    for n in pairs:
+        density = math.exp(-((n - each) ** 2) / (2 * each))
+        for block, costs in COSTS.items():
+            rest = n % block
+            part = next(c for level, c in costs.items() if level >= rest) if rest else 0
+            cost[block] += density * (n // block * costs[block] + part)
+    return cost[SMALL] * (1 if element == "e2m1" else 1.05) < cost[LARGE]
+
+
 def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
     """Pairs an expert from which on warps that load and warps that multiply are faster in such blocks, where a device has both; 0: never.
     slots: the rows of x lie in slot order."""
@@ -102,8 +128,8 @@ def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
     if p.element == "":
         return 1024 if slots and block == LARGE else 0
     if block == SMALL:
-        return 0 if not slots else 56 if p.element == "e2m1" else 80
-    return MOST + 1 if slots else 768
+        return 72 if not slots else 56 if p.element == "e2m1" else 80
+    return LEAST if slots else MANY
 
 
 def slots_from(p: Problem, gather: bool, block: int = LARGE) -> int:
@@ -115,15 +141,16 @@ def slots_from(p: Problem, gather: bool, block: int = LARGE) -> int:
 def specialized_block(p: Problem, slots: bool) -> int:
     """Pairs of a block for the sake of such warps, for a layer whose first weight is ``p``'s; 0 where another size suits it better.
     slots: tokens may be brought into slot order."""
-    pairs, experts = p.num_pairs, p.num_experts
-    whole = p.k % 64 == 0 and p.n % 128 == 0  # as slots need both products' columns, gates and ups being half of n
-    small = slots_from(p, True, SMALL) if slots and whole else 0
-    if small and small * experts <= pairs <= MOST * experts:
-        return SMALL
-    large = slots_from(p, True) if slots else 0
-    if not large:
-        large = ORDERED if slots and p.n >= 2 * SHORT and p.k >= LONG else specialized_from(p, False)
-    return LARGE if 0 < large * experts <= pairs else 0
+    each = p.num_pairs / p.num_experts
+    ordered = slots and p.k >= LONG and p.n >= 2 * SHORT  # h may be in slot order
+    wide = ordered and p.n >= GATHERED
+    if ordered and p.k % 64 == 0 and p.n % 128 == 0:  # whole steps of both products, gates and ups being half of n
+        least = specialized_from(p, wide, SMALL)
+        # where narrow weights' rows are copied, two programs a multiprocessor are as good as more than a block an expert
+        if 0 < least <= each and (wide or each < LEAST) and small_blocks(each, p.element):
+            return SMALL
+    large = slots_from(p, True) if wide else ORDERED if ordered else specialized_from(p, False)
+    return LARGE if 0 < large <= each else 0
 
 
 def shared_bytes(c: Config, p: Problem) -> int:

@@ -29,6 +29,7 @@ _PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _PLANS = 4096  # launches that are remembered
 _plans: dict[tuple, "_Plan"] = {}
 _counters: dict[tuple[int, int], list[Tensor]] = {}
+_spare: dict[torch.device, list[Tensor]] = {}
 
 
 Boxes = tuple[tuple[int, tuple[int, int], tuple[int, int]], ...]
@@ -36,7 +37,8 @@ Boxes = tuple[tuple[int, tuple[int, int], tuple[int, int]], ...]
 
 @dataclass
 class _Plan:
-    """A launch without its tensors. boxes: which of them are described for the copy engine: (place, shape, that of a box)."""
+    """A launch without its tensors. partial: float32 values, and counters: int32 zeros, that it needs. boxes: which tensors are described
+    for the copy engine: (place, shape, that of a box)."""
 
     kernel: Any
     sizes: tuple[int | float, ...]
@@ -44,7 +46,7 @@ class _Plan:
     options: dict[str, int]
     programs: int
     partial: int
-    tiles: int
+    counters: int
     device: torch.device
     boxes: Boxes = ()
 
@@ -67,7 +69,8 @@ def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K]
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros that every launch leaves as zeros; one tensor a stream, made outside of CUDA graphs, or one a launch within.
+    """Zeros that every launch leaves as zeros; one tensor a stream, made outside of CUDA graphs (a few are kept for streams that begin
+    with a capture), or one a launch within.
 
     None is ever freed, since a captured graph may hold it. As with cuBLAS's workspaces, graphs captured on one stream must
     not be replayed on several at once.
@@ -76,15 +79,23 @@ def counters(device: torch.device, count: int) -> Tensor:
     held = _counters.setdefault((device.index or 0, stream), [])
     if held and held[-1].numel() >= count:
         return held[-1]
-    made = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    size = max(count, 1 << 16)
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    spare = _spare.get(device, [])
+    if captured and spare and spare[-1].numel() >= size:
+        held.append(spare.pop())
+        return held[-1]
+    made = torch.zeros(size, dtype=torch.int32, device=device)
+    if not captured:
         held.append(made)
+        if device not in _spare:
+            _spare[device] = list(torch.zeros((4, size), dtype=torch.int32, device=device).unbind())
     return made
 
 
-ROLES = {(128, False): (216, 80), (128, True): (232, 48), (192, True): (160, 32)}
+ROLES = {(128, False): (224, 56), (128, True): (232, 40), (192, False): (160, 32), (192, True): (160, 32)}
 """Registers of a thread that multiplies and of one that loads, where warps do one of the two, by weight rows of a program and whether
-the copy engine is sent for boxes, which needs no addresses. 2 x 216 + 80 = 2 x 232 + 48 = 3 x 160 + 32 = 65536 / 128."""
+the copy engine brings rows of x too. Three times 160 and 32 are 65536 / 128; of two and a third Triton gives out 504."""
 
 
 @functools.cache
@@ -145,7 +156,8 @@ def grouped_gemm_packed(
     partial = counter = y
     if plan.partial:
         partial = torch.empty((plan.partial,), dtype=torch.float32, device=x.device)
-        counter = counters(x.device, plan.tiles)
+    if plan.counters:
+        counter = counters(x.device, plan.counters)
     if w_format:
         w = w.view(torch.int32)
     given = (w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight)
@@ -164,8 +176,7 @@ def plan_packed(
 ) -> _Plan:  # fmt: skip
     """The plan of ``grouped_gemm_packed`` for such arguments, x as ``pieces`` returns it."""
     blocks = 0 if expert_ids is None else expert_ids.shape[0]
-    addresses = (t.data_ptr() for t in (x, w, w_scale) if t is not None)
-    aligned = top_k > 0 or not any(a & 15 for a in addresses)  # where the copy engine might load them
+    aligned = not any(t.data_ptr() & 15 for t in (x, w, w_scale) if t is not None)  # as the copy engine needs them
     route = DENSE if expert_ids is None else SORTED if sorted_ids is not None else SELF
     key = (
         *(x.shape, x.stride(), w.shape, w.dtype, w_format, n, k, w_gated, w_layout, route.value, blocks, block_size),
@@ -218,18 +229,16 @@ def _plan(
     count = shape[0] if len(shape) == 3 else 1
     largest = max(shape[-2] * stride[-2] * count, (blocks * block if to_slots else num_pairs) * n)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
-    small = block == SMALL and kind != "" and top_k == 0 and strips >= 12
+    small = block == SMALL and kind != "" and strips >= 12
     served = wgmma and route == SORTED.value and (small or (block == LARGE and strips >= 8)) and count == 1
-    served = served and round_to == "" and (act != "") == w_gated
+    served = served and round_to == "" and (act != "") == w_gated and aligned
     if kind != "":
-        served = served and tail < 2
+        served = served and tail < 2 and w_stride[:2] == (w_shape[1] * strips * 512, strips * 512)
+        served = served and s_stride[1] == rows * 128 // problem.block and s_stride[0] % s_stride[1] == 0
     else:
         whole = tail == 0 and k % 64 == 0 and rows % 16 == 0 and w_stride == (rows * k, k, 1)
         served = served and whole and w_dtype == torch.bfloat16 and top_k == 0
-    if top_k == 0:
-        dense = kind == "" or w_stride[:2] == (w_shape[1] * strips * 512, strips * 512)
-        dense = dense and (f is None or (s_stride[1] == rows * 128 // f.block and s_stride[0] % s_stride[1] == 0))
-        served = served and aligned and dense and stride == (k, 1)
+    served = served and (stride == (k, 1) if top_k == 0 else stride[-2] % 16 == 0)
     if (
         config is not None
         and config.specialized
@@ -237,8 +246,8 @@ def _plan(
     ):
         raise ValueError(
             "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps, x in slot order) "
-            "in sorted blocks of 256 pairs, or quantized ones of 192 in blocks of 160 with x in slot order, bf16 x, whole K tiles, gates "
-            "exactly with an activation and results that are not rounded, on sm_90: give this product another one"
+            "in sorted blocks of 256 pairs, or quantized ones of 192 in blocks of 160, all contiguous and 16-byte aligned, bf16 x, whole K "
+            "tiles, gates exactly with an activation and results that are not rounded, on sm_90: give this product another one"
         )
     if config is not None and route == SORTED.value and block % config.pairs:
         raise ValueError(
@@ -251,25 +260,33 @@ def _plan(
         from .specialized import _grouped_gemm_specialized_kernel
         from .specialized_load import LINES, PART, box_of
 
-        sizes = (experts, n, k, strips, *strides, stride[-2], num_pairs, c.group, alpha, beta, limit)
+        from_row = s_stride[0] // s_stride[1] if kind != "" else 0
+        sizes = (experts, n, k, strips, *strides[:2], from_row, stride[-2], num_pairs, c.group, alpha, beta, limit)
         constants = (
-            *(c.pairs, c.rows // 64, kind, problem.block, tail, c.stages, w_layout == "interleaved", act),
+            *(
+                c.pairs,
+                c.rows // 64,
+                kind,
+                problem.block,
+                tail,
+                -(-k // 64) % 2 == 0,
+                c.stages,
+                w_layout == "interleaved",
+                act,
+            ),
             *(limit != math.inf, not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots),
             *ROLES[c.rows, top_k == 0],
         )
         programs, options = min(units, blocks * -(-strips * 16 // c.rows)), {"num_warps": c.warps}
-        boxes: Boxes = ()
-        if top_k == 0:
-            boxes = ((0, (shape[0], k), (box_of(c.pairs), 64)),)
-            if kind == "":
-                boxes += ((1, (experts * rows, k), (PART.value, 64)),)
-            else:
-                lines = experts * w_shape[1] * strips * 4  # of 32 words
-                words = 32 // problem.block
-                sizes = (*sizes[:6], s_stride[0] // s_stride[1], 1, *sizes[8:])
-                scales = (experts * s_stride[0] // s_stride[1], rows * words), (1, PART.value * words)
-                boxes += (1, (lines, 32), (LINES.value, 32)), (2, *scales)
-        return _Plan(_grouped_gemm_specialized_kernel, sizes, constants, options, programs, 0, 0, device, boxes)
+        boxes: Boxes = ((0, (shape[0], k), (box_of(c.pairs), 64)),) if top_k == 0 else ()
+        if kind == "":
+            boxes += ((1, (experts * rows, k), (PART.value, 64)),)
+        else:
+            lines = experts * w_shape[1] * strips * 4  # of 32 words
+            words = 32 // problem.block
+            scales = (experts * s_stride[0] // s_stride[1], rows * words), (1, PART.value * words)
+            boxes += (1, (lines, 32), (LINES.value, 32)), (2, *scales)
+        return _Plan(_grouped_gemm_specialized_kernel, sizes, constants, options, programs, 0, 1, device, boxes)
     if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
         c = replace(c, warps=8)
     parts = block // c.pairs if route == SORTED.value else 1
@@ -300,7 +317,7 @@ def _plan(
         options,
         blocks * tiles * c.split,
         partial,
-        blocks * tiles,
+        blocks * tiles if partial else 0,
         device,
     )
 

@@ -139,7 +139,7 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
         *flat_product(h, w2, tiles, 0 if ordered else 1, Epilogue(layer.w2_bias), weights, dtype)
     )
     for product, rows_of, w, result in ((one, source, "w13", "h"), (two, "h", "w2", "y")):
-        partial, counters = (f"{w}_partial", "counters") if product.partial else ("", "")
+        partial, counters = f"{w}_partial" if product.partial else "", "counters" if product.counters else ""
         parts |= {partial: 4 * product.partial} if partial else {}
         names = (
             *(rows_of, w, f"{w}_scale", result, *where, f"{w}_alpha", f"{w}_bias", "weights" if product is two else ""),
@@ -150,4 +150,4 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
         launches.append((product.launch, tuple(name if name in there else result for name in names), describe))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
     launches.append((total, ("y", "ids", "expert_map", "", "out"), None))
-    return plan_of(layer, launches, parts, max(p.tiles if p.partial else 0 for p in (one, two)))
+    return plan_of(layer, launches, parts, max(one.counters, two.counters))

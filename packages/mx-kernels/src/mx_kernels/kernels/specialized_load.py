@@ -1,8 +1,8 @@
 """The warps of ``specialized.py`` that load, and what a descriptor for the copy engine (TMA) is made of.
 
-A stage of the ring holds a step of 64 columns: rows of x, 64 weight rows for each warpgroup that multiplies, their scales (where boxes
-bring them, an even step those of two). Who multiplies waits for ``full`` and arrives
-at ``empty``; who loads the other way around.
+A stage of the ring holds a step of 64 columns: rows of x, 64 weight rows for each warpgroup that multiplies, and in an even step the
+scales of two. Who multiplies waits for ``full`` and arrives at ``empty``; who loads the other way around. Two more rings hold what is
+known of a tile: ``jobs`` which it is, ``notes`` its pairs, for whoever stores its results.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launch import Address
@@ -19,6 +19,7 @@ from .launch import Address
 # Names that changed after Triton 3.6.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _reinterpret = getattr(gl.shared_memory_descriptor, "_reinterpret", None) or gl.shared_memory_descriptor.reinterpret
 
 BK: gl.constexpr = gl.constexpr(64)
@@ -57,6 +58,12 @@ def main_of(N):
     return 1 << (N.bit_length() - 1)
 
 
+@gluon.constexpr_function
+def lag_of(STAGES):
+    """Steps of copied rows on their way. Who multiplies waits for a step while it holds the one in front: two stages are never ahead."""
+    return min(2, STAGES - 2)
+
+
 @gluon.jit
 def rows_of(xs, xt, stage, FIRST: gl.constexpr, N: gl.constexpr):
     """Rows FIRST to FIRST + N - 1 of a stage; those past a power of two have memory of their own."""
@@ -72,6 +79,13 @@ def following(stage, phase, STAGES: gl.constexpr):
     stage += 1
     wrapped = stage == STAGES
     return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def released(empty, stage):
+    """One thread arrives for all that have read the stage."""
+    _barrier()
+    mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
@@ -95,25 +109,30 @@ def level_of(sorted_ids, block, pairs, BM: gl.constexpr):
 
 
 @gluon.jit
-def fill_tables(runs, ids, sorted_ids, expert_ids, blocks, pairs, BM: gl.constexpr):
-    """What ``piece`` looks up of the first TABLE blocks: where the blocks of its expert begin and their number, its level; its expert."""
+def fill_tables(runs, ids, sorted_ids, expert_ids, blocks, pairs, group, BM: gl.constexpr):
+    """What ``piece`` looks up of the first TABLE blocks: where the blocks of its expert begin and their number (a block alone where they
+    do not walk together), its level; its expert."""
     L: gl.constexpr = gl.BlockedLayout([TABLE // 128], [32], [4], [0])
     b = gl.arange(0, TABLE, L)
     there = b < blocks
     e = gl.load(expert_ids + b, mask=there, other=-1)
-    before = gl.load(expert_ids + b - 1, mask=there & (b > 0), other=-2)
-    behind = gl.load(expert_ids + b + 1, mask=b + 1 < blocks, other=-2)
-    start = gl.associative_scan(gl.where(e != before, b, 0), 0, _larger)
-    end = gl.associative_scan(gl.where(e != behind, b + 1, TABLE), 0, _smaller, reverse=True)
     level = level_of(sorted_ids, gl.where(there, b, 0), pairs, BM)
-    runs.store(start + (end - start) * TABLE + level * (2 * TABLE * TABLE))
+    run = b + TABLE
+    if group > 1:
+        before = gl.load(expert_ids + b - 1, mask=there & (b > 0), other=-2)
+        behind = gl.load(expert_ids + b + 1, mask=b + 1 < blocks, other=-2)
+        start = gl.associative_scan(gl.where(e != before, b, 0), 0, _larger)
+        end = gl.associative_scan(gl.where(e != behind, b + 1, TABLE), 0, _smaller, reverse=True)
+        run = start + (end - start) * TABLE
+    runs.store(run + level * (2 * TABLE * TABLE))
     ids.store(e)
 
 
 @gluon.jit
 def _entry(table, i):
     """A number of a table in shared memory."""
-    one = _reinterpret(table, gl.int32, [TABLE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(i)
+    N: gl.constexpr = table.shape[0] if len(table.shape) == 1 else table.shape[0] * table.shape[1]
+    one = _reinterpret(table, gl.int32, [N, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(i)
     return gl.max(one.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
@@ -157,52 +176,70 @@ def half_of(step, k, TAIL: gl.constexpr):
 
 
 @gluon.jit
-def _scales_at(step, s_step, k, BLOCK: gl.constexpr, TAIL: gl.constexpr):
-    """Where a step's scales begin, in words."""
-    s0 = (step >> 1) * (s_step // 4)
-    if BLOCK == 16:
-        s0 += half_of(step, k, TAIL)
-    return s0
+def _copy_rows(x, at, rows, FIRST: gl.constexpr, N: gl.constexpr):
+    """Start copying 64 columns of N rows, eight a thread, those of slots FIRST and behind. at: where rows begin, in eights of columns."""
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    begin = at.slice(FIRST, N, 0).load(gl.SliceLayout(1, COPY)) * 8  # so that Triton sees their alignment
+    _copy(rows, x + (begin[:, None] + gl.arange(0, BK, gl.SliceLayout(0, COPY))[None, :]))
 
 
 @gluon.jit
-def _load_rows(
-    x, w, s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs, stage, phase, ring,
-    N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    TOP_K: gl.constexpr,
+def _arrived(full, stage, filled, BACK: gl.constexpr, PENDING: gl.constexpr, STAGES: gl.constexpr):
+    """Wait until all but PENDING steps of copies have come, and say so of the stage BACK in front, if it was filled."""
+    async_copy.wait_group(PENDING)
+    fence_async_shared()
+    _barrier()
+    mbarrier.arrive(full.index(gl.where(stage >= BACK, stage - BACK, stage - BACK + STAGES)), count=1, pred=filled)
+
+
+@gluon.constexpr_function
+def noted(BM):
+    """A power of two that BM slots fit in."""
+    return 1 << (BM - 1).bit_length()
+
+
+@gluon.jit
+def _note(
+    sorted_ids, row_weight, first, pairs, x_stride, notes, count, BM: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHT: gl.constexpr
 ):  # fmt: skip
-    """Copy all steps of a tile with N pairs, whose rows of x lie anywhere. w, s: the expert's."""
-    xs, _, ws, ss, full, empty = ring
-    ROWS: gl.constexpr = 2 * PART
-    WARPS: gl.constexpr = gl.num_warps()
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    UNIT: gl.constexpr = 64 if KIND == "e2m1" else 32
-    pair = gl.load(sorted_ids + first + gl.arange(0, N, gl.SliceLayout(1, COPY)))
-    at = gl.where(pair < pairs, pair, 0) // TOP_K
-    if WIDE:
-        at = at.to(gl.int64)
-    x_from = x + ((at * x_stride)[:, None] + gl.arange(0, BK, gl.SliceLayout(0, COPY))[None, :])
-    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
-    part = gl.arange(0, BK // UNIT, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None] * w_step
-    strip = strip0 + gl.arange(0, ROWS // 16, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :, None]
-    w_from = w + (part + strip * 128 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :])
-    row = strip0 * 16 + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    s_from = s.to(gl.pointer_type(gl.int32)) + row * (32 // BLOCK)
+    """For the epilogue of the program's tile number ``count``: the pairs of a block's slots and their weights. For who copies: where
+    their rows of x begin; any row for a slot without a pair."""
+    ids, weights, full, empty, at = notes
+    i = gl.arange(0, noted(BM), gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    pair = gl.load(sorted_ids + first + i, mask=i < BM, other=pairs)
+    place = count & 1
+    mbarrier.wait(empty.index(place), (count >> 1 & 1) ^ 1)
+    ids.index(place).store(pair)
+    if HAS_WEIGHT:
+        weights.index(place).store(gl.load(row_weight + pair, mask=pair < pairs, other=0.0))
+    if TOP_K > 0:
+        at.store((gl.where(pair < pairs, pair, 0) // TOP_K).to(at.dtype) * (x_stride // 8))
+    _barrier()
+    mbarrier.arrive(full.index(place), count=1)
+
+
+@gluon.jit
+def _load_rows(x, at, k, stage, phase, ring, N: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr):
+    """Copy the rows of N slots for all steps of a tile."""
+    xs, xt, _, _, full, empty = ring
+    MAIN: gl.constexpr = main_of(N)
+    LAG: gl.constexpr = lag_of(STAGES)
     k0 = 0
     for step in range(gl.cdiv(k, BK)):
         mbarrier.wait(empty.index(stage), phase ^ 1)
-        _copy(xs.index(stage).slice(0, N, 0), x_from)
-        _copy(ws.index(stage), w_from)
-        _copy(ss.index(stage), s_from + _scales_at(step, s_step, k, BLOCK, TAIL))
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        _copy_rows(x, at, rows_of(xs, xt, stage, 0, MAIN), 0, MAIN)
+        if N > MAIN:
+            _copy_rows(x, at, rows_of(xs, xt, stage, MAIN, N - MAIN), MAIN, N - MAIN)
+        async_copy.commit_group()
+        _arrived(full, stage, step >= LAG, LAG, LAG, STAGES)
         stage, phase = following(stage, phase, STAGES)
-        # addresses go on by what the next step is away: nothing is computed anew while copies wait for their registers
         by = BK
         if TAIL:
             by = gl.minimum(BK, k - BK - k0)
         k0 += by
-        x_from += by
-        w_from += by // UNIT * w_step
+        x += by
+    for i in gl.static_range(LAG):
+        _arrived(full, stage, gl.cdiv(k, BK) + i >= LAG, LAG - i, LAG - 1 - i, STAGES)
     return stage, phase
 
 
@@ -210,21 +247,23 @@ def _load_rows(
 def _load_boxes(
     x, w, s, first, w_row, s_row, strip0, w_step, k, stage, phase, ring,
     N: gl.constexpr, BOX: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """The same where the rows of x lie together, all by the copy engine. w_row, s_row: where the tile's codes and scales begin."""
+    """Send the copy engine for all steps of a tile: for weights, and rows of x where they lie together. w_row, s_row: where the tile's
+    codes and scales begin."""
     xs, xt, ws, ss, full, empty = ring
     UNITS: gl.constexpr = 1 if KIND == "e2m1" else 2  # of a step's columns, each a tile of ``packing.py``
     WORDS: gl.constexpr = 32 // BLOCK  # of scales of a row and 128 columns
+    ROWS: gl.constexpr = 2 * N * BK if TOP_K == 0 else 0  # bytes of x
     k0 = 0
     for step in range(gl.cdiv(k, BK)):
         mbarrier.wait(empty.index(stage), phase ^ 1)
         if KIND == "":
-            mbarrier.expect(full.index(stage), 2 * (N + GROUPS * PART) * BK)
+            mbarrier.expect(full.index(stage), ROWS + 2 * GROUPS * PART * BK)
             for g in gl.static_range(GROUPS):
                 _copy_box(w, [w_row + g * PART, k0], full.index(stage), ws.index(stage * GROUPS + g))
         else:
-            CODES: gl.constexpr = 2 * N * BK + GROUPS * PART * UNITS * 32
+            CODES: gl.constexpr = ROWS + GROUPS * PART * UNITS * 32
             even = step % 2 == 0  # its scales are those of the odd step behind too
             mbarrier.expect(full.index(stage), CODES + GROUPS * PART * WORDS * 4, pred=even)
             mbarrier.expect(full.index(stage), CODES, pred=step % 2 == 1)
@@ -235,8 +274,9 @@ def _load_boxes(
                     _copy_box(w, [row, 0], full.index(stage), ws.index(place).slice(i * LINES, LINES, 0))
                 at = [s_row + step // 2, (strip0 * 16 + g * PART) * WORDS]
                 _copy_box(s, at, full.index(stage), ss.index(place), pred=even)
-        for i in gl.static_range(N // BOX):
-            _copy_box(x, [first + i * BOX, k0], full.index(stage), rows_of(xs, xt, stage, i * BOX, BOX))
+        if TOP_K == 0:
+            for i in gl.static_range(N // BOX):
+                _copy_box(x, [first + i * BOX, k0], full.index(stage), rows_of(xs, xt, stage, i * BOX, BOX))
         stage, phase = following(stage, phase, STAGES)
         k0 += BK
         if TAIL:
@@ -245,44 +285,94 @@ def _load_boxes(
 
 
 @gluon.jit
-def loader(
+def _post(jobs, count, block, tile, e, level):
+    """Tell the others of the program's tile number ``count``; a block of -1 is the end."""
+    said, full, empty = jobs
+    place = count & 1
+    i = gl.arange(0, 4, gl.BlockedLayout([4], [32], [1], [0]))
+    word = gl.where(i == 0, block, gl.where(i == 1, tile, gl.where(i == 2, e, level)))
+    mbarrier.wait(empty.index(place), (count >> 1 & 1) ^ 1)
+    said.index(place).store(word)
+    _barrier()
+    mbarrier.arrive(full.index(place), count=1)
+
+
+@gluon.jit
+def job_of(jobs, count):
+    """The program's tile number ``count``, once it is known: block (-1: there is none), weight tile, expert and level."""
+    said, full, empty = jobs
+    place = count & 1
+    mbarrier.wait(full.index(place), count >> 1 & 1)
+    block = _entry(said, 4 * place)
+    tile = _entry(said, 4 * place + 1)
+    e = _entry(said, 4 * place + 2)
+    level = _entry(said, 4 * place + 3)
+    released(empty, place)
+    return block, tile, e, level
+
+
+@gluon.jit
+def sends(
     given, BM: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
-    WIDE: gl.constexpr, TOP_K: gl.constexpr,
+    TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """Who loads: all tiles of the program, as many pairs of a block as it has, rounded up to a level."""
+    """Who draws tiles, one after another from a counter that all programs share, tells the others, and sends the copy engine: as many
+    pairs of a block as it has, rounded up to a level. The counter is zero again at the end.
+    """
     (
-        x, w, s, sorted_ids, expert_ids, num_padded, experts, k, strips, w_expert, w_step, s_expert, s_step, x_stride, pairs, group,
-        runs, ids, xs, xt, ws, ss, full, empty,
+        x, w, s, sorted_ids, expert_ids, num_padded, _, counter, experts, k, strips, w_expert, w_step, s_expert, _, pairs, group,
+        runs, ids, ring, _, jobs,
     ) = given  # fmt: skip
     LEVELS: gl.constexpr = levels_of(BM)
     STRIPS: gl.constexpr = GROUPS * PART // 16
     blocks = gl.load(num_padded) // BM
     tiles = gl.cdiv(strips, STRIPS)
-    ring = (xs, xt, ws, ss, full, empty)
     stage = 0
     phase = 0
-    for t in range(gl.program_id(0), blocks * tiles, gl.num_programs(0)):
+    count = 0
+    t = gl.program_id(0)
+    while t < blocks * tiles:
         block, tile, e, level = piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM)
-        first = block * BM
+        drawn = gl.atomic_add(counter, 1, sem="relaxed")
         if (e >= 0) & (e < experts):
+            _post(jobs, count, block, tile, e, level)
+            count += 1
             strip0 = gl.minimum(tile * STRIPS, strips - STRIPS)
-            if TOP_K > 0:
-                of_w = w + e.to(gl.int64) * w_expert
-                of_s = s + e.to(gl.int64) * s_expert
-                args = (x, of_w, of_s, sorted_ids, first, strip0, w_step, s_step, k, x_stride, pairs)
-                for i in gl.static_range(len(LEVELS)):
-                    if level == i:
-                        stage, phase = _load_rows(
-                            *args, stage, phase, ring, LEVELS[i], KIND, BLOCK, TAIL, STAGES, WIDE, TOP_K
-                        )
-            else:
-                if KIND == "":
-                    w_row = (e * strips + strip0) * 16
-                else:  # rows of 32 words, four a strip
-                    w_row = e * (w_expert // 32) + strip0 * 4
-                boxes = (x, w, s, first, w_row, e * s_expert, strip0, w_step, k)
-                for i in gl.static_range(len(LEVELS)):
-                    if level == i:
-                        stage, phase = _load_boxes(
-                            *boxes, stage, phase, ring, LEVELS[i], box_of(BM), GROUPS, KIND, BLOCK, TAIL, STAGES
-                        )
+            if KIND == "":
+                w_row = (e * strips + strip0) * 16
+            else:  # rows of 32 words, four a strip
+                w_row = e * (w_expert // 32) + strip0 * 4
+            for i in gl.static_range(len(LEVELS)):
+                if level == i:
+                    stage, phase = _load_boxes(
+                        x, w, s, block * BM, w_row, e * s_expert, strip0, w_step, k, stage, phase, ring,
+                        LEVELS[i], box_of(BM), GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K,
+                    )  # fmt: skip
+        t = gl.num_programs(0) + drawn
+        # each tile is the first of a program or drawn, and each program that had one draws in vain at last: as many as there are tiles
+        if drawn == blocks * tiles - 1:
+            gl.store(counter, 0)
+    _post(jobs, count, -1, 0, 0, 0)
+
+
+@gluon.jit
+def copies(
+    given, BM: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHT: gl.constexpr
+):  # fmt: skip
+    """Who copies what lies anywhere: pairs and their weights, and rows of x unless boxes bring them."""
+    (
+        x, _, _, sorted_ids, _, _, row_weight, _, _, k, _, _, _, _, x_stride, pairs, _, _, _, ring, notes, jobs,
+    ) = given  # fmt: skip
+    LEVELS: gl.constexpr = levels_of(BM)
+    stage = 0
+    phase = 0
+    count = 0
+    block, _, _, level = job_of(jobs, count)
+    while block >= 0:
+        _note(sorted_ids, row_weight, block * BM, pairs, x_stride, notes, count, BM, TOP_K, HAS_WEIGHT)
+        if TOP_K > 0:
+            for i in gl.static_range(len(LEVELS)):
+                if level == i:
+                    stage, phase = _load_rows(x, notes[4], k, stage, phase, ring, LEVELS[i], TAIL, STAGES)
+        count += 1
+        block, _, _, level = job_of(jobs, count)

@@ -9,16 +9,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .numerics import SCALED_E2M1, SCALED_E4M3, SCALED_E5M2, byte_tile, word_tile
-from .specialized_load import BK, PART, following, half_of, main_of, rows_of
-
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name changed after Triton 3.6
+from .specialized_load import BK, PART, _barrier, following, half_of, main_of, released, rows_of
 
 
 @gluon.jit
@@ -104,41 +101,34 @@ def _spread(scale, KIND: gl.constexpr, BLOCK: gl.constexpr, WORDS: gl.constexpr)
 
 
 @gluon.jit
-def _scale_words(ss, stage, OF: gl.constexpr, GROUPS: gl.constexpr, BLOCK: gl.constexpr, BOXED: gl.constexpr):
-    """int32 [64]: words of scales of the warpgroup's rows; [64, 2] where a box brought those of both halves (BLOCK 16)."""
-    if BOXED and BLOCK == 16:
+def _scale_words(ss, stage, OF: gl.constexpr, GROUPS: gl.constexpr, BLOCK: gl.constexpr):
+    """int32 [64]: words of scales of the warpgroup's rows and 128 columns; [64, 2] where BLOCK is 16."""
+    if BLOCK == 16:
         BOTH: gl.constexpr = gl.DistributedLinearLayout(
             [[0, 1], [0, 16]], [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]], [[0, 32], [0, 64]], [], [1, 2 * PART]
         )  # fmt: skip
         return ss.index(stage * GROUPS + OF).load(BOTH).reshape([PART, 2])
-    elif BOXED:
+    else:
         ROW: gl.constexpr = gl.DistributedLinearLayout(
             [[0, 8]], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[0, 16], [0, 32]], [], [1, PART]
         )  # fmt: skip
         return ss.index(stage * GROUPS + OF).load(ROW).reshape([PART])
-    else:
-        LISTED: gl.constexpr = gl.DistributedLinearLayout([[8]], [[0], [0], [1], [2], [4]], [[16], [32]], [], [PART])
-        return ss.index(stage).slice(OF * PART, PART, 0).load(LISTED)
 
 
 @gluon.jit
 def _decoded(
-    ws, scales, stage, second, OF: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, BOXED: gl.constexpr,
-    OPERAND: gl.constexpr,
+    ws, scales, stage, second, OF: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, OPERAND: gl.constexpr
 ):  # fmt: skip
     """bf16 [64, 64] of a stage: the warpgroup's part of the weight tile, as a left operand."""
     WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
     T: gl.constexpr = 1 if KIND == "e2m1" else 2
-    if BOXED:  # rows of 32 words, four a strip
-        LINES: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2]] if T == 1 else [[0, 1], [0, 2], [16, 0]],
-            [[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]], [[4, 0], [8, 0]], [], [16 * T, 32],
-        )  # fmt: skip
-        lines = ws.index(stage * GROUPS + OF).load(LINES)
-        words = gl.convert_layout(lines.reshape([T, 4, 128]), WORDS, assert_trivial=True)
-    else:
-        words = ws.index(stage).slice(OF * 4, 4, 1).load(WORDS)
-    if len(scales.shape) == 2:
+    LINES: gl.constexpr = gl.DistributedLinearLayout(  # of 32 words, four a strip
+        [[0, 1], [0, 2]] if T == 1 else [[0, 1], [0, 2], [16, 0]],
+        [[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]], [[4, 0], [8, 0]], [], [16 * T, 32],
+    )  # fmt: skip
+    lines = ws.index(stage * GROUPS + OF).load(LINES)
+    words = gl.convert_layout(lines.reshape([T, 4, 128]), WORDS, assert_trivial=True)
+    if BLOCK == 16:
         first, other = gl.split(scales)
         scales = gl.where(second == 1, other, first)
     low, high = gl.split(scales.reshape([4, 2, 8]).permute([0, 2, 1]))
@@ -166,13 +156,6 @@ def _used(a):
         """,
         "=r,=r,=r,=r,r,r,r,r", [a], dtype=gl.bfloat16, is_pure=False, pack=8,
     )  # fmt: skip
-
-
-@gluon.jit
-def _released(empty, stage):
-    """One thread arrives for all that have read the stage."""
-    _barrier()
-    mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
@@ -225,25 +208,22 @@ def plain_tile(ring, stage, phase, k, OF: gl.constexpr, GROUPS: gl.constexpr, N:
         mbarrier.arrive(empty.index(_in_front(stage, STAGES)), count=1, pred=step > 0)
         stage, phase = following(stage, phase, STAGES)
     acc, rest = _ended(acc, rest, N)
-    _released(empty, _in_front(stage, STAGES))
+    released(empty, _in_front(stage, STAGES))
     return acc, rest, stage, phase
 
 
 @gluon.jit
 def _ready(
     ring, stage, phase, scales, second,
-    OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, BOXED: gl.constexpr,
+    OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """The warpgroup's weights of a step, once they have come, and the words of their scales: of an odd step those of the one in front,
-    where boxes bring them."""
+    """The warpgroup's weights of a step, once they have come, and the words of their scales: of an odd step those of the one in front."""
     _, _, ws, ss, full, _ = ring
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, main_of(N), 16]), 2)
     mbarrier.wait(full.index(stage), phase)
     if scales is None:
-        scales = _scale_words(ss, stage, OF, GROUPS, BLOCK, BOXED)
-    a = _decoded(ws, scales, stage, second, OF, GROUPS, KIND, BLOCK, BOXED, OPERAND)
-    if not BOXED:
-        fence_async_shared()
+        scales = _scale_words(ss, stage, OF, GROUPS, BLOCK)
+    a = _decoded(ws, scales, stage, second, OF, GROUPS, KIND, BLOCK, OPERAND)
     return a, scales
 
 
@@ -251,44 +231,45 @@ def _ready(
 def tile(
     ring, stage, phase, k,
     OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    STAGES: gl.constexpr, BOXED: gl.constexpr,
+    EVEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """float32 [64, N]: the sums of the warpgroup's weight rows and N pairs, in two parts.
 
     A step is decoded while the products of the step in front run; two steps a turn, so that operands change places without moves.
+    EVEN: whether the number of steps is.
     """
     empty = ring[5]
     acc, rest = _sums_of(N)
     steps = gl.cdiv(k, BK)
-    a, scales = _ready(ring, stage, phase, None, half_of(0, k, TAIL), OF, GROUPS, N, KIND, BLOCK, BOXED)
+    a, scales = _ready(ring, stage, phase, None, half_of(0, k, TAIL), OF, GROUPS, N, KIND, BLOCK)
     for step in range(1, steps - 1, 2):
         acc, rest = _issued(a, ring, stage, acc, rest, N)
         behind, phase = following(stage, phase, STAGES)
-        b, _ = _ready(ring, behind, phase, scales if BOXED else None, 1, OF, GROUPS, N, KIND, BLOCK, BOXED)
+        b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK)
         _used(b)
         acc, rest = _ended(acc, rest, N)
-        _released(empty, stage)
+        released(empty, stage)
         acc, rest = _issued(b, ring, behind, acc, rest, N)
         stage, phase = following(behind, phase, STAGES)
         second = (step == steps - 2).to(gl.int32) if TAIL else 0
-        a, scales = _ready(ring, stage, phase, None, second, OF, GROUPS, N, KIND, BLOCK, BOXED)
+        a, scales = _ready(ring, stage, phase, None, second, OF, GROUPS, N, KIND, BLOCK)
         _used(a)
         acc, rest = _ended(acc, rest, N)
-        _released(empty, behind)
-    if steps % 2 == 0:
+        released(empty, behind)
+    if EVEN:
         acc, rest = _issued(a, ring, stage, acc, rest, N)
         behind, phase = following(stage, phase, STAGES)
-        b, _ = _ready(ring, behind, phase, scales if BOXED else None, 1, OF, GROUPS, N, KIND, BLOCK, BOXED)
+        b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK)
         _used(b)
         acc, rest = _ended(acc, rest, N)
-        _released(empty, stage)
+        released(empty, stage)
         acc, rest = _issued(b, ring, behind, acc, rest, N)
         acc, rest = _ended(acc, rest, N)
-        _released(empty, behind)
+        released(empty, behind)
         stage = behind
     else:
         acc, rest = _issued(a, ring, stage, acc, rest, N)
         acc, rest = _ended(acc, rest, N)
-        _released(empty, stage)
+        released(empty, stage)
     stage, phase = following(stage, phase, STAGES)
     return acc, rest, stage, phase

@@ -47,7 +47,7 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
     p = Problem("e4m3", 32, pairs, experts, n, k)
     for small, gains in (
         (choose_config(p, 160, specialized=True, slots=True), pairs >= 80 * experts and k >= 768),
-        (choose_config(p, 160, specialized=True), pairs >= 72 * experts and k >= 2048),
+        (choose_config(p, 160, specialized=True), pairs >= 80 * experts and k >= 2048),
     ):
         assert small.specialized == gains
         assert (small.pairs, small.rows) == ((160, 192) if gains else (32, 128))
@@ -75,7 +75,9 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
         ("e2m1", 128, 5760, 2912, 128, 128),  # half a step
         ("e2m1", 128, 5792, 2880, 128, 128),  # likewise, of the second product
         ("e2m1", 71, 1536, 2048, 128, 128),  # not worth a gather
-        ("e4m3", 72, 1536, 2048, 160, 128),
+        ("e2m1", 72, 1536, 2048, 160, 128),
+        ("e4m3", 79, 1536, 2048, 128, 128),
+        ("e4m3", 80, 1536, 2048, 160, 128),
         ("e2m1", 159, 1536, 2048, 160, 128),
         ("e2m1", 160, 1536, 2048, 128, 128),
         ("e2m1", 128, 1408, 2048, 128, 128),  # whose second product's rows are short

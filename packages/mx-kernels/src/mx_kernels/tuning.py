@@ -13,9 +13,8 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   (``kernels/specialized.py``), where the rows of x lie in slot order (``slots.py``): three warpgroups in blocks of 160 pairs from r = 56
   (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters).
   h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product
-  takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied
-  instead, one by one, three warpgroups gain from r = 72 to 160, two from 768 on. Plain weights, which nothing decodes, gain from
-  r = 1024 on.
+  takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied instead, one by one, three
+  warpgroups gain from r = 72 (4 bits) or 80 to 160, two from 768 on. Plain weights, which nothing decodes, gain from r = 1024 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all blocks of an expert do, where a wave of programs would otherwise be one block's.
 
@@ -26,7 +25,6 @@ measured 64 and 128; torch 2.11, Triton 3.6, November 2026; docs/performance.md)
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -35,10 +33,9 @@ SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likew
 LONG, SHORT = 2048, 768  # columns from which on that kernel gains, and where h is in slot order
 GATHERED = 5120  # weight rows from which on tokens are brought into slot order for a product
 SMALL, LARGE = 160, 256  # pairs of its blocks
-COSTS = {  # of a block by the pairs that its loop is for (measured: MXFP4, 5760 x 2880, 128 experts, microseconds)
-    SMALL: {64: 623, 96: 719, 128: 815, 160: 959},
-    LARGE: {64: 780, 128: 950, 256: 1383},
-}
+FEW = {True: ((0, 166), (254, 322)), False: ((0, 162), (260, 312))}
+"""Pairs an expert, from and to, where small blocks are expected to cost less than large ones, by whether codes have four bits
+(``test_tuning.py`` has the costs that were measured, and the model)."""
 ORDERED = 224  # pairs an expert from which on a layer takes large blocks for its second product's sake
 LEAST = 160  # pairs an expert from which on large blocks gain where rows lie in slot order
 MANY = 768  # pairs an expert from which on they gain wherever x lies
@@ -101,23 +98,10 @@ def block_pairs(num_pairs: int, num_experts: int, plain: bool = False) -> int:
     return 256 if plain else 128
 
 
-@functools.cache
-def small_blocks(each: float, element: str) -> bool:
-    """Whether blocks of ``SMALL`` pairs are expected to cost less than those of ``LARGE``, for experts that get so many on average.
-
-    Their pairs are taken as normal with variance ``each``, as if every expert were as likely as another. Codes of 8 bits cost small
-    blocks 5% more.
-    """
-    sd = math.sqrt(each)
-    pairs = range(max(1, int(each - 4 * sd)), int(each + 4 * sd) + 2)
-    cost = dict.fromkeys(COSTS, 0.0)
-    for n in pairs:
-        density = math.exp(-((n - each) ** 2) / (2 * each))
-        for block, costs in COSTS.items():
-            rest = n % block
-            part = next(c for level, c in costs.items() if level >= rest) if rest else 0
-            cost[block] += density * (n // block * costs[block] + part)
-    return cost[SMALL] * (1 if element == "e2m1" else 1.05) < cost[LARGE]
+def small_blocks(p: Problem) -> bool:
+    """Whether blocks of ``SMALL`` pairs are expected to cost less than those of ``LARGE``: they do where few experts need a second one, or
+    where it holds what many have over ``LARGE``."""
+    return any(a * p.num_experts <= p.num_pairs <= b * p.num_experts for a, b in FEW[p.element == "e2m1"])
 
 
 def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
@@ -128,7 +112,7 @@ def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
     if p.element == "":
         return 1024 if slots and block == LARGE else 0
     if block == SMALL:
-        return 72 if not slots else 56 if p.element == "e2m1" else 80
+        return 80 if p.element != "e2m1" else 56 if slots else 72
     return LEAST if slots else MANY
 
 
@@ -141,16 +125,16 @@ def slots_from(p: Problem, gather: bool, block: int = LARGE) -> int:
 def specialized_block(p: Problem, slots: bool) -> int:
     """Pairs of a block for the sake of such warps, for a layer whose first weight is ``p``'s; 0 where another size suits it better.
     slots: tokens may be brought into slot order."""
-    each = p.num_pairs / p.num_experts
+    pairs, experts = p.num_pairs, p.num_experts
     ordered = slots and p.k >= LONG and p.n >= 2 * SHORT  # h may be in slot order
     wide = ordered and p.n >= GATHERED
     if ordered and p.k % 64 == 0 and p.n % 128 == 0:  # whole steps of both products, gates and ups being half of n
         least = specialized_from(p, wide, SMALL)
         # where narrow weights' rows are copied, two programs a multiprocessor are as good as more than a block an expert
-        if 0 < least <= each and (wide or each < LEAST) and small_blocks(each, p.element):
+        if 0 < least * experts <= pairs and (wide or pairs < LEAST * experts) and small_blocks(p):
             return SMALL
     large = slots_from(p, True) if wide else ORDERED if ordered else specialized_from(p, False)
-    return LARGE if 0 < large <= each else 0
+    return LARGE if 0 < large * experts <= pairs else 0
 
 
 def shared_bytes(c: Config, p: Problem) -> int:

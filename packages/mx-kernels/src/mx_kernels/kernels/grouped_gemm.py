@@ -263,17 +263,8 @@ def _plan(
         from_row = s_stride[0] // s_stride[1] if kind != "" else 0
         sizes = (experts, n, k, strips, *strides[:2], from_row, stride[-2], num_pairs, c.group, alpha, beta, limit)
         constants = (
-            *(
-                c.pairs,
-                c.rows // 64,
-                kind,
-                problem.block,
-                tail,
-                -(-k // 64) % 2 == 0,
-                c.stages,
-                w_layout == "interleaved",
-                act,
-            ),
+            *(c.pairs, c.rows // 64, kind, problem.block, tail),
+            *(-(-k // 64) % 2 == 0, c.stages, w_layout == "interleaved", act),
             *(limit != math.inf, not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots),
             *ROLES[c.rows, top_k == 0],
         )

@@ -326,9 +326,8 @@ def test_same_bits_where_tokens_are_copied_and_sums_are_split(monkeypatch, fmt):
     hopper()
     monkeypatch.setattr(importlib.import_module("mx_kernels.kernels.rebased"), "COPIED", 1)
     monkeypatch.setattr(importlib.import_module("mx_kernels.kernels.moe"), "_plans", {})
-    layer = make_layer(
-        fmt, device="cuda", experts=4, hidden=2048, width=4096
-    )  # tiles of GEMM 2 for less than half of the device
+    # tiles of GEMM 2 for less than half of the device
+    layer = make_layer(fmt, device="cuda", experts=4, hidden=2048, width=4096)
     for tokens, dtype in itertools.product((1, 3, 200), (torch.bfloat16, torch.float16)):
         given = make_input(tokens, "cuda", experts=4, k=2, hidden=2048, dtype=dtype)
         want = steps(layer, *given, True)

@@ -115,20 +115,8 @@ def test_only_where_the_device_has_warpgroup_products(monkeypatch):
 
 
 def meta_product(
-    kernel,
-    monkeypatch,
-    f,
-    k,
-    act,
-    config=None,
-    *,
-    pairs=8192,
-    block=256,
-    slots=False,
-    out=torch.bfloat16,
-    x=None,
-    **epilogue,
-):
+    kernel, monkeypatch, f, k, act, config=None, *, pairs=8192, block=256, slots=False, out=torch.bfloat16, x=None, **epilogue
+):  # fmt: skip
     """The plan of a product on the meta device, and its tensors. f: None for plain weights; slots: x and y have a row a slot."""
     calls = []
     monkeypatch.setattr(kernel, "_launch", lambda plan, tensors: calls.append((plan, tensors)))
@@ -174,11 +162,7 @@ def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, mo
     assert [place for place, _, _ in boxed.boxes] == [0, 1]
     codes, _ = meta_product(kernel, monkeypatch, mk.NVFP4, 2048, SILU, slots=True)
     assert [place for place, _, _ in codes.boxes] == [0, 1, 2]
-    assert codes.boxes[2] == (
-        2,
-        (8 * 16, 512),
-        (1, 128),
-    )  # of 16 times 128 columns each, two words for each of 256 rows
+    assert codes.boxes[2] == (2, (8 * 16, 512), (1, 128))  # of 16 times 128 columns, two words for each of 256 rows
 
 
 def test_small_blocks(kernel, monkeypatch):

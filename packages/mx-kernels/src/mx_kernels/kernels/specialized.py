@@ -179,7 +179,7 @@ def _grouped_gemm_specialized_kernel(
     """x [M, K]; w, s: packed, gates and ups where there is an activation; y [P, N_out], a row a slot where TO_SLOTS; bias [E, n]; blocks
     of BM pairs. w and s, and x where TOP_K is 0, are ``boxed``.
 
-    counter: a zero, and one again in the end. ``partial`` is not used: what launches takes the tensors of either kernel.
+    counter: [1] int32, zero before and after. ``partial`` is not used: what launches takes the tensors of either kernel.
     """
     MAIN: gl.constexpr = main_of(BM)
     PLACES: gl.constexpr = STAGES * GROUPS

@@ -14,7 +14,7 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters).
   h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product
   takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied instead, one by one, three
-  warpgroups gain from r = 72 (4 bits) or 80 to 160, two from 768 on. Plain weights, which nothing decodes, gain from r = 1024 on.
+  warpgroups gain from r = 72 (4 bits) or 80 to 160, two from 224 on. Plain weights, which nothing decodes, gain from r = 1024 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all blocks of an expert do, where a wave of programs would otherwise be one block's.
 
@@ -36,9 +36,9 @@ SMALL, LARGE = 160, 256  # pairs of its blocks
 FEW = {True: ((0, 166), (254, 322)), False: ((0, 162), (260, 312))}
 """Pairs an expert, from and to, where small blocks are expected to cost less than large ones, by whether codes have four bits
 (``test_tuning.py`` has the costs that were measured, and the model)."""
-ORDERED = 224  # pairs an expert from which on a layer takes large blocks for its second product's sake
 LEAST = 160  # pairs an expert from which on large blocks gain where rows lie in slot order
-MANY = 768  # pairs an expert from which on they gain wherever x lies
+MANY = 224  # pairs an expert from which on they gain wherever x lies
+RING = SHARED - (20 << 10)  # bytes of shared memory for its stages, beside tables, notes and results on their way out
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ def specialized_block(p: Problem, slots: bool) -> int:
     wide = ordered and p.n >= GATHERED
     if ordered and p.k % 64 == 0 and p.n % 128 == 0:  # whole steps of both products, gates and ups being half of n
         least = specialized_from(p, wide, SMALL)
-        # where narrow weights' rows are copied, two programs a multiprocessor are as good as more than a block an expert
-        if 0 < least * experts <= pairs and (wide or pairs < LEAST * experts) and small_blocks(p):
+        # where narrow weights' rows are copied, small blocks do not gain with more than one an expert
+        if 0 < least * experts <= pairs and (wide or pairs <= LEAST * experts) and small_blocks(p):
             return SMALL
-    large = slots_from(p, True) if wide else ORDERED if ordered else specialized_from(p, False)
+    large = slots_from(p, True) if wide else specialized_from(p, False)
     return LARGE if 0 < large * experts <= pairs else 0
 
 
@@ -190,10 +190,13 @@ def choose_config(
     least = specialized_from(p, slots, pairs) if specialized and pairs in (SMALL, LARGE) and shared >= SHARED else 0
     if least and p.num_pairs >= least * p.num_experts:
         wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
-        held = 16 << 20 if p.element else 8 << 20  # bytes of x of those who walk together, in the second-level cache
-        group = max(1, min(8, held // (2 * pairs * p.k))) if wide else 1
-        rows, stages = (192, 6) if pairs == SMALL else (128, 4)
-        return Config(pairs, rows, 64, 4, stages, group=group, specialized=True)
+        # bytes of x of those who walk together, in the second-level cache
+        group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
+        if p.element == "":
+            group = 2 if p.expert_bytes > 48e6 else 1  # as much as that cache holds
+        rows = 192 if pairs == SMALL else 128
+        stage = 128 * pairs + rows * (128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block)
+        return Config(pairs, rows, 64, 4, RING // stage, group=group, specialized=True)
     while c.stages > 2 and shared_bytes(c, p) > shared:
         c = replace(c, stages=c.stages - 1)
     if shared_bytes(c, p) > shared and c.rows > 64:

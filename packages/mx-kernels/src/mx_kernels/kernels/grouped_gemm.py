@@ -255,8 +255,8 @@ def _plan(
         )
     c = config or config_for(problem, block, device, units, shared, served, top_k == 0)
     if c.specialized:
-        if out_dtype.itemsize > 2 and (kind == "" or small):  # float32 results take more room on their way out
-            c = replace(c, stages=min(c.stages, 4 if small else 3))
+        if out_dtype.itemsize > 2:  # float32 results take more room on their way out
+            c = replace(c, stages=min(c.stages, 4 if kind else 3))
         from .specialized import _grouped_gemm_specialized_kernel
         from .specialized_load import LINES, PART, box_of
 

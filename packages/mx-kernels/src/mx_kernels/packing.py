@@ -189,49 +189,56 @@ def _pack_quantized(w: QuantizedTensor, gated: bool, layout: str) -> PackedWeigh
     codes = bytes_of(w.data).reshape(-1, n, w.data.shape[-1])
     scale = bytes_of(w.scale).reshape(-1, n, k // f.block)
     experts = codes.shape[0]
-    on_device = direct(w.data, w.scale)
     width = k if _overlaps(k, element.name) else -(-k // SCALE_K) * SCALE_K
-    if on_device:
+    alpha = None if w.global_scale is None else (w.global_scale * 128).expand(experts).contiguous()
+    if direct(w.data, w.scale):
         tiles, strips = width // (64 if element is E2M1 else 32), -(-(n // 2) // 8) if gated else -(-n // STRIP)
+        rows, over = -(-strips * STRIP // SCALE_ROWS) * SCALE_ROWS, _repeated(k, element.name, f)
         data, seen = kernels("packing").pack_codes(codes, scale, f, tiles, strips, gated, layout)
-        least, used, most, bad = seen.cpu().int().unbind(1)  # the one wait for the device
-        least, used = 255 - least, 255 - used
-        if bool(bad.any()):
-            e = int(bad.nonzero()[0])
+        fold = functools.partial(kernels("packing").pack_scales, scale, f, _FOLD[element.name])
+        packed = fold(None, width, rows, over, gated, layout)  # mostly the scales need no shift, which is not known yet
+        seen = seen.cpu()  # the one wait for the device
+        least, _, most, bad = zip(*seen.tolist(), strict=True)
+        if any(bad):
+            e = bad.index(1)
             _finite(codes[e : e + 1], f, e)
-        low, high = torch.where(least < _window(f)[0], used, least), most
+        shift, (first, last) = None, _window(f) if f.scale == "e8m0" else (0, 0x7E)
+        if 255 - max(least) < first or max(most) > last:
+            low, some, high, _ = seen.int().unbind(1)
+            shift = _checked_shift(w, scale, 255 - torch.where(255 - low < first, some, low), high)
+        if shift is not None:
+            del packed  # its memory first
+            packed = fold(shift.to(w.device), width, rows, over, gated, layout)
     else:
         data, low, high = _pack_codes(codes, scale, f, width, gated, layout)
-    alpha = shift = None
+        shift = _checked_shift(w, scale, low, high)
+        packed = _pack_scale(_fold(scale, shift, f), k, width, gated, layout, f)
+    if shift is not None:
+        shift = shift.to(w.device)
+        alpha = torch.ldexp(torch.ones_like(shift, dtype=torch.float32), shift)
+    return PackedWeight(
+        data, packed,
+        *(alpha, shift, w.global_scale, w.shape, f, w.rule, w.dtype, gated, layout),
+    )  # fmt: skip
+
+
+def _checked_shift(w: QuantizedTensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor | None:
+    """``_shift``, None for scales that are not powers of two; ValueError for one that is no number. low, high: [E]."""
+    f = w.format
     if f.scale == "e8m0":
         if int(high.max()) == 255:
             e, row, block = (scale == 255).nonzero()[0].tolist()
             raise ValueError(
                 f"scale[{e}, {row}, {block}] of the {f} weight is 255 (NaN): quantize weights that are finite"
             )
-        shift = _shift(low.int(), high.int(), f)
-        if shift is not None:
-            shift = shift.to(w.device)
-            alpha = torch.ldexp(torch.ones_like(shift, dtype=torch.float32), shift)
-    else:
-        if int(high.max()) >= 0x7F:
-            e, row, block = (scale >= 0x7F).nonzero()[0].tolist()
-            raise ValueError(
-                f"scale[{e}, {row}, {block}] of the {f} weight is {float(w.scale.reshape(scale.shape)[e, row, block])}: "
-                "block scales are numbers from 0 to 448"
-            )
-        assert w.global_scale is not None
-        alpha = (w.global_scale * 128).expand(experts).contiguous()
-    if on_device:
-        rows, over = -(-data.shape[2] * STRIP // SCALE_ROWS) * SCALE_ROWS, _repeated(k, element.name, f)
-        fold = _FOLD[element.name]
-        packed = kernels("packing").pack_scales(scale, f, fold, shift, width, rows, over, gated, layout)
-    else:
-        packed = _pack_scale(_fold(scale, shift, f), k, width, gated, layout, f)
-    return PackedWeight(
-        data, packed,
-        *(alpha, shift, w.global_scale, w.shape, f, w.rule, w.dtype, gated, layout),
-    )  # fmt: skip
+        return _shift(low.int(), high.int(), f)
+    if int(high.max()) >= 0x7F:
+        e, row, block = (scale >= 0x7F).nonzero()[0].tolist()
+        raise ValueError(
+            f"scale[{e}, {row}, {block}] of the {f} weight is {float(w.scale.reshape(scale.shape)[e, row, block])}: "
+            "block scales are numbers from 0 to 448"
+        )
+    return None
 
 
 def _pack_codes(
@@ -339,6 +346,7 @@ def _silence(codes: Tensor, scale: Tensor) -> Tensor:
     return codes
 
 
+@functools.cache
 def _window(f: Format) -> tuple[int, int]:
     """The scale bytes at which every value of ``f`` is a bf16 (down to 2^-133) and the folded byte is one (up to 254)."""
     smallest = min(v for v in code_values(f.element) if v > 0)

@@ -23,7 +23,7 @@ from .numerics import gathered_e4m3, spread_e4m3
 
 ORDER = {(False, "concatenated"): 0, (False, "interleaved"): 0, (True, "concatenated"): 1, (True, "interleaved"): 2}
 """(gated, layout) -> how packed rows follow from the weight's: 0 in order, 1 gates then ups, 2 gate and up in turn."""
-CODES = {"e4m3": (4, 4, 4), "e5m2": (4, 4, 4), "e2m3": (4, 4, 4), "e3m2": (4, 4, 4), "e2m1": (4, 4, 4)}
+CODES = {"e4m3": (4, 4, 4), "e5m2": (4, 4, 4), "e2m3": (2, 8, 4), "e3m2": (2, 8, 4), "e2m1": (4, 4, 4)}
 """(strips, K tiles, warps) of a program that packs codes, by the weight's element."""
 SCALES = (64, 8, 4)
 """(packed rows, scale tiles, warps) of a program that packs scales."""
@@ -114,6 +114,22 @@ def _load_words(line, live, col, limit):
 
 
 @triton.jit
+def _load_threes(line, live, limit, COUNT: tl.constexpr):
+    """COUNT groups of three words that lie side by side, as three tensors [R, COUNT].
+
+    Of four threads the last loads nothing; three loads of every third word would ask for each line three times.
+    """
+    group = 3 * tl.arange(0, COUNT)[:, None]
+    i = tl.arange(0, 4)[None, :]
+    mask = live[:, None, None] & ((i < 3) & (group + i < limit))[None, :, :]
+    w = tl.load(line[:, None, None] + (group + i)[None, :, :], mask=mask, other=0)
+    even, odd = tl.split(w.reshape(line.shape[0], COUNT, 2, 2))
+    w0, w2 = tl.split(even)
+    w1, _ = tl.split(odd)
+    return w0, w1, w2
+
+
+@triton.jit
 def _pack_codes_kernel(
     codes,  # int32 words [E, N, units * UNIT]
     scale,  # uint8 [E, N, blocks]
@@ -153,13 +169,9 @@ def _pack_codes_kernel(
     line_b = codes + row_b * width
     bad = 0
     if FP6:
-        col = (t0 * 2 + tl.arange(0, 2 * T)) * 3
-        a0 = _load_words(line_a, live_a, col, width)
-        a1 = _load_words(line_a + 1, live_a, col, width)
-        a2 = _load_words(line_a + 2, live_a, col, width)
-        b0 = _load_words(line_b, live_b, col, width)
-        b1 = _load_words(line_b + 1, live_b, col, width)
-        b2 = _load_words(line_b + 2, live_b, col, width)
+        limit = width - 6 * t0
+        a0, a1, a2 = _load_threes(line_a + 6 * t0, live_a, limit, 2 * T)
+        b0, b1, b2 = _load_threes(line_b + 6 * t0, live_b, limit, 2 * T)
         # All bits but the signs, which are bits 5, 11 ... 95 of the three words.
         used_a = ((a0 & -0x20820821) | (a1 & -0x08208209) | (a2 & 0x7DF7DF7D)).reshape(8 * S, T, 2)
         used_b = ((b0 & -0x20820821) | (b1 & -0x08208209) | (b2 & 0x7DF7DF7D)).reshape(8 * S, T, 2)
@@ -293,8 +305,8 @@ def _narrow_pairs(p, M: tl.constexpr):
 
 
 @triton.jit
-def _store_fp6(line, live, col, limit, p, S: tl.constexpr, T: tl.constexpr, M: tl.constexpr):
-    """16 codes from pairs [S, 8, T, 2, 2, 4] to three words."""
+def _store_fp6(line, live, limit, p, S: tl.constexpr, T: tl.constexpr, M: tl.constexpr):
+    """16 codes from pairs [S, 8, T, 2, 2, 4] to three words, stored side by side."""
     even, odd = tl.split(_narrow_pairs(p, M).reshape(8 * S, 2 * T, 2, 2, 2))
     c0, c2 = tl.split(even)
     c1, c3 = tl.split(odd)
@@ -302,11 +314,14 @@ def _store_fp6(line, live, col, limit, p, S: tl.constexpr, T: tl.constexpr, M: t
     q1, q5 = tl.split(c1)
     q2, q6 = tl.split(c2)
     q3, q7 = tl.split(c3)
-    at = line[:, None] + col[None, :]
-    mask = live[:, None] & (col < limit)[None, :]
-    tl.store(at, q0 | (q1 << 12) | (q2 << 24), mask=mask)
-    tl.store(at + 1, (q2 >> 8) | (q3 << 4) | (q4 << 16) | (q5 << 28), mask=mask)
-    tl.store(at + 2, (q5 >> 4) | (q6 << 8) | (q7 << 20), mask=mask)
+    i = tl.arange(0, 8 * T)
+    group = tl.broadcast_to((tl.minimum(i // 3, 2 * T - 1))[None, :], (8 * S, 8 * T))
+    w0 = tl.gather(q0 | (q1 << 12) | (q2 << 24), group, 1)
+    w1 = tl.gather((q2 >> 8) | (q3 << 4) | (q4 << 16) | (q5 << 28), group, 1)
+    w2 = tl.gather((q5 >> 4) | (q6 << 8) | (q7 << 20), group, 1)
+    third = (i % 3)[None, :]
+    word = tl.where(third == 0, w0, tl.where(third == 1, w1, w2))
+    tl.store(line[:, None] + i[None, :], word, mask=live[:, None] & (i < limit)[None, :])
 
 
 @triton.jit
@@ -346,9 +361,9 @@ def _unpack_codes_kernel(
         b = word & 0xFF00FF
     if ELEMENT == "e2m3" or ELEMENT == "e3m2":
         M: tl.constexpr = 3 if ELEMENT == "e2m3" else 2
-        col = (t0 * 2 + tl.arange(0, 2 * T)) * 3
-        _store_fp6(line_a, live_a, col, width, a, S, T, M)
-        _store_fp6(line_b, live_b, col, width, b, S, T, M)
+        limit = tl.minimum(6 * T, width - 6 * t0)
+        _store_fp6(line_a + 6 * t0, live_a, limit, a, S, T, M)
+        _store_fp6(line_b + 6 * t0, live_b, limit, b, S, T, M)
     else:
         if ELEMENT != "e2m1":
             a = _join_pairs(a, S, T)

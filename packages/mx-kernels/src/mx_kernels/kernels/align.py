@@ -3,7 +3,7 @@
     position(pair) = start(expert) + (pairs of the expert in earlier chunks) + (earlier pairs of the expert in this chunk)
 
 Up to FUSED_PAIRS pairs one launch does all: each program counts every expert for itself and places the pairs of two, by a running
-sum that counts them in the halves of a word. Beyond, one launch counts the pairs of each chunk of CHUNK, one sums those counts over
+sum that counts them in the halves of a word. Beyond, one launch counts the pairs of each chunk, one sums those counts over
 the chunks, and one compares the pairs of a chunk with each other and places them. Nothing depends on the order in which programs
 run: same inputs, same bits. Letters: P pairs, E experts in the weights (EP: the next power of two).
 """
@@ -23,7 +23,10 @@ from ..alignment import capacity
 from .launch import Launch, starts_early
 
 FUSED_PAIRS = 2048
-CHUNK = 128
+CHUNKS = (64, 128)
+"""Pairs of a chunk: smaller ones are compared in less time, larger ones leave fewer counts to sum."""
+FEW_PAIRS = 32768
+"""Up to which chunks are the smaller ones (measured on an H100, docs/performance.md)."""
 
 
 @triton.jit
@@ -249,19 +252,23 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
             num_warps=align_warps(tile),
         )
         return Plan(sizes, ((run, given + made),))
-    chunks = -(-pairs // CHUNK)
+    chunk = CHUNKS[pairs > FEW_PAIRS]
+    chunks = -(-pairs // chunk)
+    rows, columns = min(1024, max(256, triton.next_power_of_2(chunks))), 2 if chunks > 512 and bins <= 128 else 4
     sizes |= {"counts": (chunks + 1) * bins}
     early = starts_early("place", pairs, device)
     later = {"PDL": early, **({"launch_pdl": True} if early else {})}
     first |= {"PDL": first["PDL"] or early}  # lets the next one start, even where it does not start early itself
-    count = Launch(*(_count_kernel, (chunks,), device, *numbers), **first, CHUNK=CHUNK, num_warps=4)
-    scan = Launch(*(_scan_kernel, (bins // 4,), device, chunks), EP=bins, ROWS=1024, COLUMNS=4, **later, num_warps=8)
+    count = Launch(*(_count_kernel, (chunks,), device, *numbers), **first, CHUNK=chunk, num_warps=4)
+    scan = Launch(
+        *(_scan_kernel, (bins // columns,), device, chunks), EP=bins, ROWS=rows, COLUMNS=columns, **later, num_warps=4
+    )
     place = Launch(
         *(_place_kernel, (chunks,), device, *numbers, slots),
         **fixed,
         **later,
         BLOCK=block_size,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
         OWN=max(2, triton.next_power_of_2(-(-bins // chunks))),
         num_warps=4,
     )

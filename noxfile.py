@@ -74,8 +74,9 @@ def sanitize(session: nox.Session, tool: str) -> None:
 @nox.parametrize("triton", ["triton==3.6.0", NEWEST_TRITON], ids=["oldest", "newest"])
 def compile(session: nox.Session, triton: str) -> None:
     """Compile every kernel ahead of time for every target, look at the instructions, and interpret index logic; needs no GPU."""
-    install(session, "test", extra=(triton, "numpy<2.4"))  # which the interpreter of Triton 3.6 needs
-    session.run("python", "-m", "pytest", "-m", "compile", *session.posargs)
+    # that numpy for the interpreter of Triton 3.6
+    install(session, "test", extra=(triton, "numpy<2.4", "pytest-xdist"))
+    session.run("python", "-m", "pytest", "-m", "compile", f"-n{min(4, os.cpu_count() or 1)}", *session.posargs)
 
 
 @nox.session

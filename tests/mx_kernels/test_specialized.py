@@ -61,6 +61,12 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
     assert choose_config(plain, 256, specialized=True, slots=True).specialized == many
 
 
+@pytest.mark.parametrize(("n", "k", "group"), [(28672, 4096, 2), (4096, 14336, 2), (5760, 2880, 1), (1536, 2048, 1)])
+def test_how_many_blocks_of_plain_weights_walk_together(n, k, group):
+    """As measured on an H100: two where an expert's weight is larger than the second-level cache."""
+    assert choose_config(Problem("", 32, 8 * 4096, 8, n, k), 256, specialized=True, slots=True).group == group
+
+
 @pytest.mark.parametrize(
     ("element", "pairs", "n", "k", "block", "elsewhere"),
     [  # where tokens may be brought into slot order, and where not

@@ -208,13 +208,12 @@ def _pack_quantized(w: QuantizedTensor, gated: bool, layout: str) -> PackedWeigh
             shift = _checked_shift(w, scale, 255 - torch.where(255 - low < first, some, low), high)
         if shift is not None:
             del packed  # its memory first
-            packed = fold(shift.to(w.device), width, rows, over, gated, layout)
+            packed = fold(shift, width, rows, over, gated, layout)
     else:
         data, low, high = _pack_codes(codes, scale, f, width, gated, layout)
         shift = _checked_shift(w, scale, low, high)
         packed = _pack_scale(_fold(scale, shift, f), k, width, gated, layout, f)
     if shift is not None:
-        shift = shift.to(w.device)
         alpha = torch.ldexp(torch.ones_like(shift, dtype=torch.float32), shift)
     return PackedWeight(
         data, packed,
@@ -231,7 +230,8 @@ def _checked_shift(w: QuantizedTensor, scale: Tensor, low: Tensor, high: Tensor)
             raise ValueError(
                 f"scale[{e}, {row}, {block}] of the {f} weight is 255 (NaN): quantize weights that are finite"
             )
-        return _shift(low.int(), high.int(), f)
+        shift = _shift(low.int(), high.int(), f)
+        return None if shift is None else shift.to(w.device)
     if int(high.max()) >= 0x7F:
         e, row, block = (scale >= 0x7F).nonzero()[0].tolist()
         raise ValueError(

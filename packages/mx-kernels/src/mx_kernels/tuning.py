@@ -189,11 +189,11 @@ def choose_config(
     c = _preferred(p, pairs if pairs & (pairs - 1) == 0 else 32, units)
     least = specialized_from(p, slots, pairs) if specialized and pairs in (SMALL, LARGE) and shared >= SHARED else 0
     if least and p.num_pairs >= least * p.num_experts:
-        wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
-        # bytes of x of those who walk together, in the second-level cache
-        group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
         if p.element == "":
-            group = 2 if p.expert_bytes > 48e6 else 1  # as much as that cache holds
+            group = 2 if p.expert_bytes > 48e6 else 1  # as much as the second-level cache holds
+        else:  # x of those who walk together takes 16 MiB of it
+            wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
+            group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
         rows = 192 if pairs == SMALL else 128
         stage = 128 * pairs + rows * (128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block)
         return Config(pairs, rows, 64, 4, RING // stage, group=group, specialized=True)

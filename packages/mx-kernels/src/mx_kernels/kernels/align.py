@@ -23,10 +23,8 @@ from ..alignment import capacity
 from .launch import Launch, starts_early
 
 FUSED_PAIRS = 2048
-CHUNKS = (64, 128)
-"""Pairs of a chunk: smaller ones are compared in less time, larger ones leave fewer counts to sum."""
 FEW_PAIRS = 32768
-"""Up to which chunks are the smaller ones (measured on an H100, docs/performance.md)."""
+"""Up to which a chunk has 64 pairs, which are compared in less time; beyond, 128 leave fewer counts to sum (docs/performance.md)."""
 
 
 @triton.jit
@@ -252,9 +250,10 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
             num_warps=align_warps(tile),
         )
         return Plan(sizes, ((run, given + made),))
-    chunk = CHUNKS[pairs > FEW_PAIRS]
+    chunk = 64 if pairs <= FEW_PAIRS else 128
     chunks = -(-pairs // chunk)
-    rows, columns = min(1024, max(256, triton.next_power_of_2(chunks))), 2 if chunks > 512 and bins <= 128 else 4
+    rows = min(1024, max(256, triton.next_power_of_2(chunks)))
+    columns = 2 if chunks > 512 and bins <= 128 else 4
     sizes |= {"counts": (chunks + 1) * bins}
     early = starts_early("place", pairs, device)
     later = {"PDL": early, **({"launch_pdl": True} if early else {})}

@@ -162,7 +162,7 @@ def compile_one(job: Job) -> str | None:
         triton.runtime.driver.set_active(Offline())
 
     def warm(plan: Any, tensors: Any) -> None:
-        tensors = kernel.boxed(tensors, plan.boxes)
+        tensors = plan.launch.boxed(tensors)
         plan.kernel.warmup(*tensors, *plan.sizes, *plan.constants, grid=(1,), **plan.options)
 
     kernel._launch = warm

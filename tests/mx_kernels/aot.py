@@ -1,13 +1,16 @@
 """Ahead-of-time compilation of Triton kernels, shared by all compile tests: no GPU is needed.
 
 ``compile_kernel(fn, signature, constexprs, "sm_90")`` gives the assembly text, registers, spills and, for NVIDIA, ptxas's
-log and the disassembly, through the tools that ship in the Triton wheel.
+log and the disassembly, through the tools that ship in the Triton wheel. What ``kernels/driver.py`` takes for an NVIDIA kernel's
+parameters is compared with those that it declares.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -20,6 +23,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from mx_kernels.kernels.driver import SCRATCH, parameters
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (75, 80, 86, 89, 90, 100, 103, 120, 121)}
 TARGETS |= {
@@ -165,7 +170,20 @@ def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", made._tool("cuobjdump", "-res-usage"))
     assert usage is not None
     registers, stack, local = (int(n) for n in usage.groups())
+    if gpu.arch >= 90 or not any("tensordesc" in kind for kind in types.values()):  # older ones have no copy engine
+        laid_out = parameters([types[name] for name in names])
+        assert laid_out is not None, "the CUDA driver cannot launch it: a type is unknown"
+        codes = [*itertools.chain(*laid_out), *SCRATCH]
+        assert _parameter_bytes(made.asm) == [struct.calcsize(code) for code in codes], "the driver cannot launch it"
     return Compiled(target, made.asm, made.ir, registers, stack + local, shared, made.cubin)
+
+
+def _parameter_bytes(ptx: str) -> list[int]:
+    """Sizes of a kernel's parameters."""
+    head = re.search(r"\.entry \w+\(([^)]*)\)", ptx)
+    assert head is not None
+    found = re.findall(r"\.param\s+(?:\.align \d+\s+)?\.[a-z](\d+)[^\n\[,]*(?:\[(\d+)\])?", head.group(1))
+    return [int(bits) // 8 * int(count or 1) for bits, count in found]
 
 
 def _number(text: str, pattern: str) -> int:

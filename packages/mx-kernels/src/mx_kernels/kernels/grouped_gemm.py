@@ -4,7 +4,6 @@ many pairs an expert on Hopper. Everything about a launch that follows from size
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,13 +31,10 @@ _counters: dict[tuple[int, int], list[Tensor]] = {}
 _spare: dict[torch.device, list[Tensor]] = {}
 
 
-Boxes = tuple[tuple[int, tuple[int, int], tuple[int, int]], ...]
-
-
 @dataclass
 class _Plan:
-    """A launch without its tensors. partial: float32 values, and counters: int32 zeros, that it needs. boxes: which tensors are described
-    for the copy engine: (place, shape, that of a box)."""
+    """A launch without its tensors. partial: float32 values, and counters: int32 zeros, that it needs. boxes: which tensors the copy
+    engine loads: (place, shape, that of a box)."""
 
     kernel: Any
     sizes: tuple[int | float, ...]
@@ -48,13 +44,17 @@ class _Plan:
     partial: int
     counters: int
     device: torch.device
-    boxes: Boxes = ()
+    boxes: tuple[tuple[int, tuple[int, int], tuple[int, int]], ...] = ()
 
     @functools.cached_property
     def launch(self) -> Launch:
         """For (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter), y where absent."""
-        values = (*self.sizes, *self.constants)
-        return Launch(self.kernel, (self.programs,), self.device, *values, **self.options)
+        values, boxes = (*self.sizes, *self.constants), ()
+        if self.boxes:
+            from .specialized_load import descriptor
+
+            boxes = tuple((at, functools.partial(descriptor, shape=shape, box=box)) for at, shape, box in self.boxes)
+        return Launch(self.kernel, (self.programs,), self.device, *values, boxes=boxes, **self.options)
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -231,7 +231,7 @@ def _plan(
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
     small = block == SMALL and kind != "" and strips >= 12
     served = wgmma and route == SORTED.value and (small or (block == LARGE and strips >= 8)) and count == 1
-    served = served and round_to == "" and (act != "") == w_gated and aligned
+    served = served and round_to == "" and (act != "") == w_gated and aligned and experts < 65535
     if kind != "":
         served = served and tail < 2 and w_stride[:2] == (w_shape[1] * strips * 512, strips * 512)
         served = served and s_stride[1] == rows * 128 // problem.block and s_stride[0] % s_stride[1] == 0
@@ -269,7 +269,7 @@ def _plan(
             *ROLES[c.rows, top_k == 0],
         )
         programs, options = min(units, blocks * -(-strips * 16 // c.rows)), {"num_warps": c.warps}
-        boxes: Boxes = ((0, (shape[0], k), (box_of(c.pairs), 64)),) if top_k == 0 else ()
+        boxes = ((0, (shape[0], k), (box_of(c.pairs), 64)),) if top_k == 0 else ()
         if kind == "":
             boxes += ((1, (experts * rows, k), (PART.value, 64)),)
         else:
@@ -314,16 +314,4 @@ def _plan(
 
 
 def _launch(plan: _Plan, tensors: tuple[Tensor, ...]) -> None:
-    plan.launch(*boxed(tensors, plan.boxes))
-
-
-def boxed(given: Sequence[Any], boxes: Boxes) -> Sequence[Any]:
-    """A launch's tensors, or their addresses, those that ``boxes`` names described for the copy engine."""
-    if not boxes:
-        return given
-    from .specialized_load import descriptor
-
-    given = [*given]
-    for place, shape, box in boxes:
-        given[place] = descriptor(given[place], shape, box)
-    return given
+    plan.launch(*tensors)

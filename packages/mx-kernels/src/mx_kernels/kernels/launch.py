@@ -2,13 +2,14 @@
 
 ``kernel[grid](*args)`` looks at every argument to find the compiled kernel, 15 to 25 us of the host's time for a dozen of them
 (H200 machine, Triton 3.6), several times what the kernels of one token take. What it finds follows from dtypes, numbers, which
-tensors are there and whether they are aligned to 16 bytes. A ``Launch`` stands for one choice of all that and remembers the kernel.
+tensors are there and whether they are aligned to 16 bytes. A ``Launch`` stands for one choice of all that and remembers the kernel,
+and how the CUDA driver launches it (``driver.py``).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from ..tuned import wgmma
+from .driver import DriverLaunch
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,33 @@ def starts_early(kernel: str, pairs: int, device: torch.device) -> bool:
     return pairs <= PDL_PAIRS[kernel] and target(device).pdl
 
 
+Boxes = tuple[tuple[int, Callable[[Any], Any]], ...]
+
+
 class Launch:
     """``kernel[grid](*args, *values, **options)`` on ``device``, whichever is current; ``args``, tensors above all, come with the call.
 
-    values: what follows the arguments, in the kernel's order; options: the kernel's constants after those, and Triton's options.
+    values: what follows the arguments, in the kernel's order; options: the kernel's constants after those, and Triton's options; boxes:
+    which arguments the copy engine loads (their places), with what describes such a tensor, or an address, for it.
     A Launch is for arguments that differ in nothing but their pointers: the caller keeps one for each set of dtypes, absent
     tensors (None) and numbers.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], device: torch.device, *values: int | float, **options: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        *values: int | float,
+        boxes: Boxes = (),
+        **options: Any,
     ) -> None:
-        self.kernel, self.device = kernel, device
+        self.kernel, self.device, self.boxes = kernel, device, boxes
         self.grid = (*grid, 1, 1)[:3]
         self.values = (*values, *(options.pop(name) for name in kernel.arg_names if name in options))
         self.options = options
         self.compiled: CompiledKernel | None = None
+        self.by_driver: DriverLaunch | None = None
 
     def __call__(self, *args: Any) -> None:
         """Launch. Tensors that are not aligned to 16 bytes go through Triton's dispatch, as does the first call."""
@@ -106,9 +119,21 @@ class Launch:
 
     def run(self, stream: int, pointers: Sequence[Any]) -> None:
         """Launch what is ``compiled`` on tensors given by their addresses, aligned to 16 bytes, where the device is ``ready``."""
+        if self.by_driver is not None:
+            return self.by_driver(stream, pointers)
         k = self.compiled
         assert k is not None
-        k.run(*self.grid, stream, k.function, k.packed_metadata, None, None, None, *pointers, *self.values)
+        given = self.boxed(pointers)
+        k.run(*self.grid, stream, k.function, k.packed_metadata, None, None, None, *given, *self.values)
+        return None
+
+    def boxed(self, given: Sequence[Any]) -> Sequence[Any]:
+        """Tensors, or their addresses, those that the copy engine loads described for it."""
+        if self.boxes:
+            given = [*given]
+            for place, describe in self.boxes:
+                given[place] = describe(given[place])
+        return given
 
     def _dispatch(self, args: tuple[Any, ...], aligned: bool) -> None:
         module = torch.get_device_module(self.device.type)
@@ -118,9 +143,11 @@ class Launch:
         assert len(args) + len(self.values) == len(self.kernel.arg_names), (
             self.kernel
         )  # in the kernel's order, all of them
-        made = self.kernel[self.grid](*args, *self.values, **self.options)
+        given = self.boxed(args)
+        made = self.kernel[self.grid](*given, *self.values, **self.options)
         if aligned and self.device.type == "cuda" and isinstance(made, CompiledKernel):  # not in the interpreter
             self.compiled = made
+            self.by_driver = DriverLaunch.of(made, self.grid, given, self.values) if torch.version.hip is None else None
         return None
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 GIVEN = ("x", "ids", "weights", "out")
 
 
-Describe = Callable[[list[Any]], Sequence[Any]]
-Named = tuple[Launch, tuple[str, ...], Describe | None]
+Named = tuple[Launch, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,10 @@ class Plan:
     """What a call of the layer does.
 
     launches: each with the places of its tensors in the list of addresses, which has GIVEN, the layer's tensors, the workspace's parts
-    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None; and with what describes those of them
-    that the copy engine loads, if any. size: of the workspace, in bytes.
+    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None. size: of the workspace, in bytes.
     """
 
-    launches: tuple[tuple[Launch, tuple[int, ...], Describe | None], ...]
+    launches: tuple[tuple[Launch, tuple[int, ...]], ...]
     offsets: tuple[int, ...]
     size: int
     counters: int
@@ -71,7 +69,7 @@ def launch(
         if len(_plans) >= _PLANS:
             _plans.clear()
         plan = _plans[key] = planned(layer, x, ids, weights, *options)
-    for run, _, _ in plan.launches:
+    for run, _ in plan.launches:
         if run.compiled is None:
             return None
     if not ready(device):
@@ -85,9 +83,8 @@ def launch(
     addresses += [base + offset for offset in plan.offsets]
     addresses += [grouped_gemm.counters(device, plan.counters).data_ptr() if plan.counters else None, None]
     stream = current_stream(device)
-    for run, places, describe in plan.launches:
-        given = [addresses[i] for i in places]
-        run.run(stream, given if describe is None else describe(given))
+    for run, places in plan.launches:
+        run.run(stream, [addresses[i] for i in places])
     return out
 
 
@@ -96,7 +93,7 @@ def plan_of(layer: PackedLayer | RebasedLayer, launches: list[Named], parts: dic
     ends = [*itertools.accumulate(-(-size // 256) * 256 for size in parts.values())]
     place = {name: i for i, name in enumerate((*GIVEN, *layer.tensors, *parts, "counters"))}
     return Plan(
-        tuple((run, tuple(place.get(name, -1) for name in names), describe) for run, names, describe in launches),
+        tuple((run, tuple(place.get(name, -1) for name in names)) for run, names in launches),
         (0, *ends[:-1]),
         ends[-1],
         counters,
@@ -119,7 +116,7 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     else:
         where = ("sorted_ids", "expert_ids", "num_padded")
         sort = align.plan(pairs, rows, experts, num_global, device)
-        launches += ((run, names, None) for run, names in sort.launches)
+        launches += sort.launches
         parts |= {name: 4 * size for name, size in sort.sizes.items()}
         shapes = (torch.empty(sort.sizes[name], dtype=torch.int32, device="meta") for name in where)
         tiles = Alignment(ids, experts, rows, *shapes, expert_map)
@@ -129,7 +126,7 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     if gathered:
         source = "y"  # the same memory: GEMM 2 writes after GEMM 1 has read
         gather = slots.plan(capacity, hidden, dtype, x.stride(0), False, pairs, k, device)
-        launches.append((gather, ("x", "y", "x", "y", "sorted_ids", "num_padded"), None))
+        launches.append((gather, ("x", "y", "x", "y", "sorted_ids", "num_padded")))
         x = torch.empty((capacity, hidden), dtype=dtype, device=device)
     h = torch.empty((capacity if ordered else pairs, width), dtype=dtype, device=device)
     parts |= {"h": h.nbytes, "y": (capacity if gathered else pairs) * hidden * x.element_size()}
@@ -146,8 +143,7 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
             *(partial, counters),
         )
         there = {*GIVEN, *layer.tensors, *parts, "counters"}
-        describe = functools.partial(grouped_gemm.boxed, boxes=product.boxes) if product.boxes else None
-        launches.append((product.launch, tuple(name if name in there else result for name in names), describe))
+        launches.append((product.launch, tuple(name if name in there else result for name in names)))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
-    launches.append((total, ("y", "ids", "expert_map", "", "out"), None))
+    launches.append((total, ("y", "ids", "expert_map", "", "out")))
     return plan_of(layer, launches, parts, max(one.counters, two.counters))

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -378,14 +376,11 @@ def _split_of(n: int, k: int, experts: int, pairs: int, rows: int, step: int, de
 @dataclass(frozen=True)
 class Product:
     """A product without its tensors. launch: for (x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded,
-    bias, row_weight, partial, counter), y where absent (sorted_ids for counter).
-
-    boxes: of x, and of w where it is E4M3, described for the copy engine: (shape, that of a box). partial: float32 values, and
-    counters: int32 zeros, of a split K.
+    bias, row_weight, partial, counter), y where absent (sorted_ids for counter). partial: float32 values, and counters: int32 zeros,
+    of a split K.
     """
 
     launch: Launch
-    boxes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     partial: int
     counters: int
 
@@ -402,30 +397,24 @@ def plan_product(
     bn, bk, group = c.pop("BN"), c.pop("BK", 128), c.pop("GROUP", 8)
     split = c.pop("SPLIT", 0) or _split_of(n, k, experts, pairs, bn, bk, device)
     slots = -(-(capacity // block_m) // group) * group * -(-n // bn)
+    boxes = [(0, (capacity, k), (block_m, bk)), (1, (experts * n, k), (bn, bk))]  # w too, where it is E4M3
     run = Launch(
         _grouped_gemm_rebased_kernel, (slots * split,), device, pairs, n, n // 2 if activation else n,
         K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SPLIT=split, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
         DRAIN=wgmma and takes_registers(),
         BIAS=bias is not None, WEIGHTED=weighted, SCATTER=scatter, QUANTIZE=quantize,
         GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,
+        boxes=tuple((at, functools.partial(_descriptor, shape=shape, box=box)) for at, shape, box in boxes[: 1 if fp4 else 2]),
     )  # fmt: skip
-    boxes = (((capacity, k), (block_m, bk)), ((experts * n, k), (bn, bk)))
-    return Product(
-        run, boxes[: 1 if fp4 else 2], slots * split * block_m * bn if split > 1 else 0, slots if split > 1 else 0
+    return Product(run, slots * split * block_m * bn if split > 1 else 0, slots if split > 1 else 0)
+
+
+def _descriptor(base: Tensor | int, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
+    """A contiguous matrix of E4M3, or of its bytes, or what lies at an address, for the copy engine."""
+    fp8 = torch.float8_e4m3fn
+    return TensorDescriptor(
+        base.view(fp8) if isinstance(base, Tensor) else Address(base, fp8), [*shape], [shape[1], 1], [*box]
     )
-
-
-def boxed(given: list[Any], product: Product) -> Sequence[Any]:
-    """The addresses of a product's tensors, those of its boxes described for the copy engine."""
-    for place, (shape, box) in enumerate(product.boxes):
-        given[place] = _descriptor(given[place], shape, box)
-    return given
-
-
-@functools.lru_cache(maxsize=4096)
-def _descriptor(address: int, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
-    """A contiguous matrix of E4M3 at an address; what is remembered holds no memory."""
-    return TensorDescriptor(Address(address, torch.float8_e4m3fn), [*shape], [shape[1], 1], [*box])
 
 
 def grouped_gemm_rebased(
@@ -453,10 +442,8 @@ def grouped_gemm_rebased(
     if p.partial:
         partial = torch.empty(p.partial, dtype=torch.float32, device=x.device)
         counter = counters(x.device, p.counters)
-    boxes = [[*box] for _, box in p.boxes]
-    weights = w.view(torch.int32) if fp4 else TensorDescriptor.from_tensor(w.view(fp8).view(experts * n, k), boxes[1])
     p.launch(
-        TensorDescriptor.from_tensor(x.view(fp8), boxes[0]), weights, w_octaves if fp4 else y, x_scale, w_scale,
+        x, w.view(torch.int32) if fp4 else w, w_octaves if fp4 else y, x_scale, w_scale,
         y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
         row_weight if row_weight is not None else y, partial, counter,
     )  # fmt: skip

@@ -8,7 +8,6 @@ each and copied where GEMM 1 will put h.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +30,7 @@ def plan(layer: RebasedLayer, x: Tensor, ids: Tensor, weights: Tensor, promote: 
     block = rebased_block_size(pairs, layer.w13, promote)
     sort = align.plan(pairs, block, experts, num_global, device)
     capacity = sort.sizes["sorted_ids"]
-    launches: list[Named] = [(run, names, None) for run, names in sort.launches]
+    launches: list[Named] = [*sort.launches]
     parts = {name: 4 * size for name, size in sort.sizes.items()}
     parts |= {"h": capacity * width, "h_scale": capacity * width // 32}
     parts |= {"codes": capacity * width, "scale": 4 * capacity}  # of h, and one a row of x's and then of these
@@ -41,11 +40,11 @@ def plan(layer: RebasedLayer, x: Tensor, ids: Tensor, weights: Tensor, promote: 
         parts |= {"h": max(parts["h"], tokens * hidden), "once": 4 * tokens}
         rows = rebased.plan_rows(tokens, hidden, dtype, x.stride(0), False, None, 0, device)
         copy = slots.plan(capacity, hidden // 4, torch.int32, hidden // 4, True, pairs, k, device)
-        launches.append((rows, ("x", "h", "h", "once", "once", "once"), None))
-        launches.append((copy, ("h", "y", "once", "scale", *listed), None))
+        launches.append((rows, ("x", "h", "h", "once", "once", "once")))
+        launches.append((copy, ("h", "y", "once", "scale", *listed)))
     else:
         rows = rebased.plan_rows(capacity, hidden, dtype, x.stride(0), False, pairs, k, device)
-        launches.append((rows, ("x", "y", "y", "scale", *listed), None))
+        launches.append((rows, ("x", "y", "y", "scale", *listed)))
     counters = 0
     for name, w, bias, act, source, result in (
         ("w13", layer.w13, layer.w13_bias, layer.activation, "y", "h"),
@@ -65,11 +64,11 @@ def plan(layer: RebasedLayer, x: Tensor, ids: Tensor, weights: Tensor, promote: 
         names += (partial, "counters" if partial else "")
         there = {*GIVEN, *layer.tensors, *parts, "counters"}
         names = tuple(n if n in there else result for n in names)
-        launches.append((product.launch, names, functools.partial(rebased.boxed, product=product)))
+        launches.append((product.launch, names))
         counters = max(counters, product.counters)
         if one:
             rows = rebased.plan_rows(capacity, width, torch.uint8, width, True, pairs, 0, device)
-            launches.append((rows, ("h", "h_scale", "codes", "scale", *listed), None))
+            launches.append((rows, ("h", "h_scale", "codes", "scale", *listed)))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
-    launches.append((total, ("y", "ids", "expert_map", "", "out"), None))
+    launches.append((total, ("y", "ids", "expert_map", "", "out")))
     return plan_of(layer, launches, parts, counters)

@@ -1,0 +1,201 @@
+"""Launching a compiled kernel by the CUDA driver itself, its parameters laid out once.
+
+Triton's launcher takes each of some forty arguments as a Python object every time, and describes matrices for the copy engine (TMA)
+anew: 36 us of the host's time for a product with three of them, of which the driver takes 5 (docs/performance.md). Here only addresses
+and the stream change from one launch to the next. What a kernel's parameters are follows from Triton's signature of it, and has to be
+what the driver says they are (their number and sizes): otherwise, and for whatever is not known here, there is no ``DriverLaunch``,
+and Triton's launcher goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import re
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from triton.compiler import CompiledKernel
+
+MAP = "128s"  # the copy engine's description of a matrix, CUtensorMap, aligned to 64 bytes
+ADDRESS = "P"
+_NUMBERS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
+_NUMBERS |= {"u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}
+_EARLY = 6  # the attribute of kernels that may start before the one in front has ended (programmatic dependent launch)
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: a thread's first launch
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+@functools.cache
+def _cuda() -> ctypes.CDLL | None:
+    """The driver, if it has all that is asked of it here (since CUDA 12.4)."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    names = ("cuLaunchKernelEx", "cuFuncGetParamInfo", "cuTensorMapEncodeTiled", "cuTensorMapReplaceAddress")
+    return cuda if all(hasattr(cuda, name) for name in (*names, "cuGetErrorString")) else None
+
+
+def parameters(signature: Sequence[Any]) -> list[list[str]] | None:
+    """Of each argument by its type in Triton's signature: the parameters that it becomes, as ``struct`` has them; none where it is
+    compiled in. None for types that are not known here."""
+    found = []
+    for kind in signature:
+        if not isinstance(kind, str):
+            return None
+        if kind == "constexpr":
+            found.append([])
+        elif kind[0] == "*":
+            found.append([ADDRESS])
+        elif matrix := re.match(r"tensordesc<[^[>]*\[([^\]]*)\]", kind):
+            rank = matrix.group(1).count(",") + 1
+            found.append([MAP, *"i" * rank, *"q" * rank])  # with its shape and strides
+        elif kind in _NUMBERS:
+            found.append([_NUMBERS[kind]])
+        else:
+            return None
+    return found
+
+
+SCRATCH = (ADDRESS, ADDRESS)  # Triton's own memory for a kernel and for its profiler, behind all arguments: none
+
+
+def _agrees(cuda: ctypes.CDLL, function: int, codes: Sequence[str]) -> bool:
+    """Whether a kernel has those parameters, and no others."""
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+
+    def look(i: int) -> bool:
+        refs = ctypes.byref(offset), ctypes.byref(size)
+        return cuda.cuFuncGetParamInfo(ctypes.c_void_p(function), ctypes.c_size_t(i), *refs) == 0
+
+    sizes = [struct.calcsize(code) for code in codes]
+    return all(look(i) and size.value == n for i, n in enumerate(sizes)) and not look(len(codes))
+
+
+class DriverLaunch:
+    """A kernel's launches on one device: call it with a stream's handle and the addresses of all arguments that are tensors, in their
+    order (None: no address), where the device is current."""
+
+    @staticmethod
+    def of(
+        compiled: CompiledKernel, grid: tuple[int, ...], args: Sequence[Any], values: Sequence[Any]
+    ) -> DriverLaunch | None:
+        """For launches that differ from ``kernel[grid](*args, *values)``, for which it was compiled, in nothing but addresses; None
+        where they are left to Triton."""
+        cuda, about = _cuda(), compiled.metadata
+        kinds = parameters([compiled.src.signature.get(name) for name in compiled.src.fn.arg_names])
+        if cuda is None or kinds is None or len(kinds) != len(args) + len(values):
+            return None
+        needs = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid")
+        if any(getattr(about, name, 0) for name in needs) or about.num_ctas != 1:
+            return None
+        if not _agrees(cuda, compiled.function, [*itertools.chain(*kinds), *SCRATCH]):
+            return None
+        made = DriverLaunch(cuda, compiled, grid, kinds)
+        return made if made._fill(args, values, list(about.tensordesc_meta or ())) else None
+
+    def __init__(
+        self, cuda: ctypes.CDLL, compiled: CompiledKernel, grid: tuple[int, ...], kinds: Sequence[Sequence[str]]
+    ) -> None:
+        self.cuda, self.name, self.kinds = cuda, compiled.name, kinds
+        self.function = ctypes.c_void_p(compiled.function)
+        about, attribute = compiled.metadata, ctypes.pointer(_Attribute(_EARLY, 0, 1))
+        block = (32 * about.num_warps, 1, 1)
+        self.config = _Config((*grid,), block, about.shared, None, attribute, int(bool(about.launch_pdl)))
+        self.ref = ctypes.byref(self.config)
+        self.lock = threading.Lock()  # what the driver reads is changed for each launch
+
+    def _fill(self, args: Sequence[Any], values: Sequence[Any], metas: list[Mapping[str, Any]]) -> bool:
+        """Lay the parameters out: addresses side by side, maps, numbers; whether everything was known."""
+        codes = [*itertools.chain(*self.kinds), *SCRATCH]
+        maps = codes.count(MAP)
+        memory = ctypes.create_string_buffer(64 + 128 * maps + 8 * len(codes))
+        begin = -(-ctypes.addressof(memory) // 64) * 64
+        end = begin + 128 * maps
+        self.memory = memory
+        self.places = [i for i, kind in enumerate(self.kinds) if kind == [ADDRESS]]  # of arguments that are addresses
+        self.addresses = (ctypes.c_uint64 * len(self.places)).from_address(end)
+        self.maps: list[list[Any]] = []  # (a map, its argument's place, the address that it has)
+        number = end + 8 * len(self.places)
+        at = []
+        for i, kind in enumerate(self.kinds):
+            if kind == [ADDRESS]:
+                at.append(end + 8 * self.places.index(i))
+            elif kind and kind[0] == MAP:
+                meta = metas.pop(0) if metas else {}
+                place = begin + 128 * len(self.maps)
+                if not self._describe(place, args[i], meta):
+                    return False
+                self.maps.append([ctypes.c_void_p(place), i, args[i].base.data_ptr()])
+                at.append(place)
+                for code, n in zip(kind[1:], (*args[i].shape, *args[i].strides), strict=True):
+                    number = _put(number, code, n, at)
+            elif kind:
+                number = _put(number, kind[0], values[i - len(args)] if i >= len(args) else args[i], at)
+        for code in SCRATCH:
+            number = _put(number, code, 0, at)
+        self.params = (ctypes.c_void_p * len(at))(*at)
+        return True
+
+    def _describe(self, place: int, matrix: Any, meta: Mapping[str, Any]) -> bool:
+        """Write the map of a descriptor of Triton's, as its compiler lays the matrix out in shared memory."""
+        from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+        odd = meta.get("fp4_padded") or meta.get("is_im2col") or getattr(matrix, "round_f32_to_tf32", False)
+        if not meta or odd or matrix.padding != "zero":
+            return False
+        rank, size = len(matrix.shape), meta["elem_size"]
+        numbers = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
+        error = self.cuda.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(place), TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], rank, ctypes.c_void_p(matrix.base.data_ptr()),
+            numbers[0](*reversed(matrix.shape)), numbers[0](*(size * n for n in reversed(matrix.strides[:-1]))),
+            numbers[1](*reversed(meta["block_size"])), numbers[1](*[1] * rank),
+            0, meta["swizzle"], 2, 0,  # not interleaved; 128 bytes a request of the second-level cache; zeros outside
+        )  # fmt: skip
+        return bool(error == 0)
+
+    def __call__(self, stream: int, given: Sequence[int | None]) -> None:
+        """Launch on addresses that are aligned to 16 bytes."""
+        with self.lock:
+            self.addresses[:] = [given[i] or 0 for i in self.places]
+            for held in self.maps:
+                if given[held[1]] != held[2]:
+                    self._check(self.cuda.cuTensorMapReplaceAddress(held[0], ctypes.c_void_p(given[held[1]])))
+                    held[2] = given[held[1]]
+            self.config.stream = stream
+            error = self.cuda.cuLaunchKernelEx(self.ref, self.function, self.params, None)
+            if error == _NO_CONTEXT:
+                torch.cuda.set_device(torch.cuda.current_device())
+                error = self.cuda.cuLaunchKernelEx(self.ref, self.function, self.params, None)
+            if error:
+                self._check(error)
+
+    def _check(self, error: int) -> None:
+        if error:
+            text = ctypes.c_char_p()
+            self.cuda.cuGetErrorString(error, ctypes.byref(text))
+            what = text.value.decode() if text.value else "unknown"
+            raise RuntimeError(f"the CUDA driver did not launch {self.name}: {what} (error {error})")
+
+
+def _put(place: int, code: str, n: float, at: list[int]) -> int:
+    """Write a number, and note its place; the place behind."""
+    written = struct.pack(code, n)
+    ctypes.memmove(place, written, len(written))
+    at.append(place)
+    return place + 8

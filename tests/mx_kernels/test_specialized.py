@@ -61,10 +61,19 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
     assert choose_config(plain, 256, specialized=True, slots=True).specialized == many
 
 
-@pytest.mark.parametrize(("n", "k", "group"), [(28672, 4096, 2), (4096, 14336, 2), (5760, 2880, 1), (1536, 2048, 1)])
-def test_how_many_blocks_of_plain_weights_walk_together(n, k, group):
-    """As measured on an H100: two where an expert's weight is larger than the second-level cache."""
-    assert choose_config(Problem("", 32, 8 * 4096, 8, n, k), 256, specialized=True, slots=True).group == group
+@pytest.mark.parametrize(
+    ("pairs", "n", "k", "group"),
+    [
+        (4096, 28672, 4096, 2),
+        (4096, 4096, 14336, 2),
+        (1024, 28672, 4096, 4),
+        (4096, 5760, 2880, 1),
+        (1024, 1536, 2048, 1),
+    ],
+)
+def test_how_many_blocks_of_plain_weights_walk_together(pairs, n, k, group):
+    """As measured on an H100: two, or all of four, where an expert's weight is larger than the second-level cache."""
+    assert choose_config(Problem("", 32, 8 * pairs, 8, n, k), 256, specialized=True, slots=True).group == group
 
 
 @pytest.mark.parametrize(
@@ -340,6 +349,10 @@ def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
             assert torch.equal(problem.product(256, SPECIALIZED), want)
         for config in (SPECIALIZED, TWO_PROGRAMS) if problem.bias is not None else (SPECIALIZED,):
             assert torch.equal(problem.product(256, config, slots=True), want)
+    config = replace(SPECIALIZED, stages=4 if f is None else 5)  # as many as the model gives results of 16 bits
+    want = problem.product(128, TWO_PROGRAMS, out=torch.bfloat16)
+    for slots in (True,) if f is None else (True, False):
+        assert torch.equal(problem.product(256, config, slots, torch.bfloat16), want)
 
 
 @pytest.mark.gpu
@@ -364,6 +377,10 @@ def test_small_blocks_compute_the_same(kernel, f, act):
             few = replace(SMALL, stages=3 if problem.packed.shape[1] == 304 else 6)
             for config, slots in ((few, True), (few, False), (Config(32, 128, 64, 4, 3), True)):
                 assert torch.equal(problem.product(160, config, slots=slots), want)
+    config = replace(SMALL, stages=7 if f.element.bits == 4 else 6)
+    want = problem.product(128, TWO_PROGRAMS, out=torch.bfloat16)
+    for slots in (True, False):
+        assert torch.equal(problem.product(160, config, slots, torch.bfloat16), want)
 
 
 @dataclass
@@ -379,12 +396,12 @@ class Drawn:
     bias: torch.Tensor | None
     weight: torch.Tensor | None
 
-    def product(self, block: int, config: Config, slots: bool = False) -> torch.Tensor:
+    def product(
+        self, block: int, config: Config, slots: bool = False, out: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         tiles = mk.moe_align_block_size(self.ids, block, 9, sort=True)
         x, top_k = (mk.gather_rows(self.x, tiles, top_k=self.top_k), 0) if slots else (self.x, self.top_k)
-        args = flat_product(
-            x, self.packed, tiles, top_k, mk.Epilogue(self.bias, self.act), self.weight, torch.float32, slots
-        )
+        args = flat_product(x, self.packed, tiles, top_k, mk.Epilogue(self.bias, self.act), self.weight, out, slots)
         y = self.kernel.grouped_gemm_packed(*args, config)
         return (by_pair(y, tiles) if slots else y)[(self.ids >= 0).flatten()]
 

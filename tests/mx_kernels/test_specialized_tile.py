@@ -91,7 +91,7 @@ def plain_python(**replaced):
     for name, value in {**vars(load), **vars(tile)}.items():
         jitted = hasattr(value, "fn") and hasattr(value, "arg_names")
         space[name] = FunctionType(value.fn.__code__, space, name, value.fn.__defaults__) if jitted else value
-    for name in ("BK", "PART", "LINES"):
+    for name in ("BK", "PART", "LINES", "TABLE", "FULL"):
         space[name] = getattr(load, name).value
     gl = SimpleNamespace(
         cdiv=lambda a, b: Number(-(-a // b)),
@@ -259,3 +259,43 @@ def test_every_step_finds_its_own(kind, groups, pairs, levels, copied, stages, k
                 second = 1 if step % 2 or (k % 128 and step == steps[-1]) else 0
                 want.append((w, x) if kind == "" else ((w, (i, "s", of, step // 2), second), x))
         assert got == want
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    "levels", [[[2] * 5 + [0], [2], [], [1], [2, 2]], [[0]], [[2, 2, 2]], [[1], [2] * 7 + [1]] * 9]
+)
+def test_pieces(group, levels):
+    """Each weight tile of each block once; where blocks walk together, full ones first, those of an expert side by side."""
+    python, _ = plain_python(_entry=lambda table, i: Number(table[i]))
+    table, full, tiles = load.TABLE.value, load.FULL.value, 5
+    blocks = [(e, level, len([n for n in held if n == 2])) for e, held in enumerate(levels) for level in held]
+    ids, runs, up_to = [], [], 0
+    for b, (e, level, alike) in enumerate(blocks):
+        up_to += level == 2 and group > 1
+        start = next(i for i, other in enumerate(blocks) if other[0] == e)
+        run = start + alike * table if level == 2 and group > 1 else b + table
+        ids.append(e + 1 + up_to * full)
+        runs.append(run + level * 2 * table * table)
+    ids += [up_to * full] * (table - len(ids))
+    found = [
+        python.piece(Number(t), tiles, Number(len(blocks)), group, runs, ids, None, None, 0, 256)
+        for t in range(len(blocks) * tiles)
+    ]
+    assert sorted((b, t) for b, t, _, _ in found) == [(b, t) for b in range(len(blocks)) for t in range(tiles)]
+    assert all((e, level) == blocks[b][:2] for b, _, e, level in found)
+    if group > 1:
+        order = [level == 2 for _, _, _, level in found]
+        assert order == sorted(order, reverse=True)
+        together = {}
+        for at, (b, t, e, level) in enumerate(found):
+            if level == 2:
+                together.setdefault((e, t), []).append((at, b))
+        for (e, _), places in together.items():
+            size = blocks[places[0][1]][2]
+            width = -(-size // -(-size // group))
+            for i in range(0, size, width):
+                part = places[i : i + width]
+                assert [b for _, b in part] == [part[0][1] + n for n in range(len(part))]
+                assert part[-1][0] - part[0][0] == len(part) - 1, e

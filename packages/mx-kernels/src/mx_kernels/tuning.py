@@ -16,7 +16,8 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied instead, one by one, three
   warpgroups gain from r = 72 (4 bits) or 80 to 160, two from 224 on. Plain weights, which nothing decodes, gain from r = 1024 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
-  ``specialized.py`` all blocks of an expert do, where a wave of programs would otherwise be one block's.
+  ``specialized.py`` all full blocks of an expert do, where a wave of programs would otherwise be one block's, and blocks that are not
+  full come last: what takes equally long keeps in step and finds in that cache what others have brought there.
 
 The thresholds were measured on an NVIDIA H200, those of steps of 64 columns and of 256 pairs on an H100 (r = 96 lies between the
 measured 64 and 128; torch 2.11, Triton 3.6, November 2026; docs/performance.md), on shapes from 2048 x 768 to 28672 x 4096;
@@ -190,7 +191,8 @@ def choose_config(
     least = specialized_from(p, slots, pairs) if specialized and pairs in (SMALL, LARGE) and shared >= SHARED else 0
     if least and p.num_pairs >= least * p.num_experts:
         if p.element == "":
-            group = 2 if p.expert_bytes > 48e6 else 1  # as much as the second-level cache holds
+            few = p.num_pairs < 5 * pairs * p.num_experts  # full blocks an expert: all walk together
+            group = (4 if few else 2) if p.expert_bytes > 48e6 else 1  # as much as the second-level cache holds
         else:  # x of those who walk together takes 16 MiB of it
             wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
             group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1

@@ -26,6 +26,7 @@ BK: gl.constexpr = gl.constexpr(64)
 PART: gl.constexpr = gl.constexpr(64)  # weight rows of a warpgroup that multiplies
 TABLE: gl.constexpr = gl.constexpr(1024)  # blocks whose place is looked up
 LINES: gl.constexpr = gl.constexpr(16)  # of codes, of 32 words, that one copy of the engine brings: four strips
+FULL: gl.constexpr = gl.constexpr(65536)  # in a table: over experts
 
 
 def box_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
@@ -99,6 +100,11 @@ def _smaller(a, b):
 
 
 @gluon.jit
+def _sum(a, b):
+    return a + b
+
+
+@gluon.jit
 def level_of(sorted_ids, block, pairs, BM: gl.constexpr):
     """Which of ``levels_of`` a block takes."""
     LEVELS: gl.constexpr = levels_of(BM)
@@ -110,22 +116,28 @@ def level_of(sorted_ids, block, pairs, BM: gl.constexpr):
 
 @gluon.jit
 def fill_tables(runs, ids, sorted_ids, expert_ids, blocks, pairs, group, BM: gl.constexpr):
-    """What ``piece`` looks up of the first TABLE blocks: where the blocks of its expert begin and their number (a block alone where they
-    do not walk together), its level; its expert."""
+    """What ``piece`` looks up of the first TABLE blocks: where the full blocks of its expert begin and their number (a block alone
+    where it is not full, or they do not walk together), its level; its expert, and how many are full up to it where they do."""
     L: gl.constexpr = gl.BlockedLayout([TABLE // 128], [32], [4], [0])
+    LAST: gl.constexpr = len(levels_of(BM)) - 1
     b = gl.arange(0, TABLE, L)
     there = b < blocks
     e = gl.load(expert_ids + b, mask=there, other=-1)
     level = level_of(sorted_ids, gl.where(there, b, 0), pairs, BM)
     run = b + TABLE
+    up_to = b * 0
     if group > 1:
+        full = there & (level == LAST)
+        up_to = gl.associative_scan(full.to(gl.int32), 0, _sum)
         before = gl.load(expert_ids + b - 1, mask=there & (b > 0), other=-2)
         behind = gl.load(expert_ids + b + 1, mask=b + 1 < blocks, other=-2)
+        there = b + 1 < blocks
+        ends = (e != behind) | (level_of(sorted_ids, gl.where(there, b + 1, 0), pairs, BM) != LAST)
         start = gl.associative_scan(gl.where(e != before, b, 0), 0, _larger)
-        end = gl.associative_scan(gl.where(e != behind, b + 1, TABLE), 0, _smaller, reverse=True)
-        run = start + (end - start) * TABLE
+        end = gl.associative_scan(gl.where(ends, b + 1, TABLE), 0, _smaller, reverse=True)
+        run = gl.where(full, start + (end - start) * TABLE, run)
     runs.store(run + level * (2 * TABLE * TABLE))
-    ids.store(e)
+    ids.store(e + 1 + up_to * FULL)
 
 
 @gluon.jit
@@ -137,22 +149,38 @@ def _entry(table, i):
 
 
 @gluon.jit
+def _ordered(ids, blocks, place):
+    """The block that comes at ``place``: the full ones first, which take equally long and keep in step, then the others."""
+    full = _entry(ids, blocks - 1) // FULL
+    rest = place >= full
+    nth = gl.where(rest, place - full, place)
+    block = nth * 0
+    for i in gl.static_range(10):  # blocks, 2^10 at most, up to which there are no more than nth of their kind
+        probe = block + (512 >> i)
+        n = _entry(ids, probe - 1) // FULL
+        block = gl.where(gl.where(rest, probe - n, n) <= nth, probe, block)
+    return block
+
+
+@gluon.jit
 def piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM: gl.constexpr):
     """The t-th piece of work: its block, weight tile and expert, and how full the block is.
 
-    The blocks of one expert walk the weight tiles together, up to ``group`` of them, so that a tile is read once for all; past
+    The full blocks of one expert walk the weight tiles together, up to ``group`` of them, so that a tile is read once for all; past
     TABLE blocks each walks them alone.
     """
     block = t // tiles
     tile = t - block * tiles
     if blocks <= TABLE:
-        e = _entry(ids, block)
+        if group > 1:
+            block = _ordered(ids, blocks, block)
+        e = _entry(ids, block) % FULL - 1
         run = _entry(runs, block)
         start = run % TABLE
         size = run // TABLE % (2 * TABLE)
         if size > 1:
             together = gl.cdiv(size, gl.cdiv(size, group))
-            at = t - start * tiles
+            at = (block - start) * tiles + tile
             first = at // (together * tiles) * together
             width = gl.minimum(size - first, together)
             at -= first * tiles

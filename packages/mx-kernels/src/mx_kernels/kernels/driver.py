@@ -107,7 +107,7 @@ class DriverLaunch:
         if not _agrees(cuda, compiled.function, [*itertools.chain(*kinds), *SCRATCH]):
             return None
         made = DriverLaunch(cuda, compiled, grid, kinds)
-        return made if made._fill(args, values, list(about.tensordesc_meta or ())) else None
+        return made if made._fill(args, values, [*(getattr(about, "tensordesc_meta", None) or ())]) else None
 
     def __init__(
         self, cuda: ctypes.CDLL, compiled: CompiledKernel, grid: tuple[int, ...], kinds: Sequence[Sequence[str]]

@@ -12,10 +12,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import operator
 import re
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ def parameters(signature: Sequence[Any]) -> list[list[str]] | None:
         else:
             return None
     return found
+
+
+def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What gives those places of a sequence, without a loop in Python."""
+    return operator.itemgetter(*places) if len(places) > 1 else lambda given: [given[i] for i in places]
 
 
 SCRATCH = (ADDRESS, ADDRESS)  # Triton's own memory for a kernel and for its profiler, behind all arguments: none
@@ -128,14 +134,15 @@ class DriverLaunch:
         begin = -(-ctypes.addressof(memory) // 64) * 64
         end = begin + 128 * maps
         self.memory = memory
-        self.places = [i for i, kind in enumerate(self.kinds) if kind == [ADDRESS]]  # of arguments that are addresses
-        self.addresses = (ctypes.c_uint64 * len(self.places)).from_address(end)
+        places = [i for i, kind in enumerate(self.kinds) if kind == [ADDRESS]]  # of arguments that are addresses
+        self.pick = picker(places)
+        self.addresses = (ctypes.c_void_p * len(places)).from_address(end)
         self.maps: list[list[Any]] = []  # (a map, its argument's place, the address that it has)
-        number = end + 8 * len(self.places)
+        number = end + 8 * len(places)
         at = []
         for i, kind in enumerate(self.kinds):
             if kind == [ADDRESS]:
-                at.append(end + 8 * self.places.index(i))
+                at.append(end + 8 * places.index(i))
             elif kind and kind[0] == MAP:
                 meta = metas.pop(0) if metas else {}
                 place = begin + 128 * len(self.maps)
@@ -172,7 +179,7 @@ class DriverLaunch:
     def __call__(self, stream: int, given: Sequence[int | None]) -> None:
         """Launch on addresses that are aligned to 16 bytes."""
         with self.lock:
-            self.addresses[:] = [given[i] or 0 for i in self.places]
+            self.addresses[:] = self.pick(given)
             for held in self.maps:
                 if given[held[1]] != held[2]:
                     self._check(self.cuda.cuTensorMapReplaceAddress(held[0], ctypes.c_void_p(given[held[1]])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import struct
@@ -158,6 +159,23 @@ def test_errors_say_what_the_driver_says(driver, monkeypatch):
     assert cuda.launches[0][-1] == [32, 0, 0]
 
 
+@pytest.mark.compile
+def test_a_thread_that_has_no_context_gets_one(driver, monkeypatch):
+    cuda, asked = Cuda(["P", "P", "P"]), []
+    monkeypatch.setattr(driver, "_cuda", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(1))
+    run = driver.DriverLaunch.of(compiled(["*u8"]), (1, 1, 1), (16,), ())
+    for errors, launches in (([201], 1), ([201, 201], 0), ([], 1)):
+        cuda.errors, cuda.launches = errors, []
+        if not launches:
+            with pytest.raises(RuntimeError, match="error 201"):
+                run(0, [16])
+        else:
+            run(0, [16])
+        assert len(cuda.launches) == launches
+    assert len(asked) == 2
+
+
 # --- on a GPU ---
 
 
@@ -219,7 +237,7 @@ def test_same_bits_as_by_triton(driver, monkeypatch, name, tokens):
 
 @pytest.mark.gpu
 def test_threads_and_streams(driver):
-    """Several threads launch one plan at once, each on a stream of its own, one of them as its first use of the device."""
+    """Several threads launch one plan at once, each on a stream of its own but for one, whose first use of the device that is."""
     layer, many = layer_of("mxfp4"), [given_of(300) for _ in range(4)]
     compile_all(layer, many[0])
     want = [layer.launch(*given) for given in many]
@@ -227,7 +245,7 @@ def test_threads_and_streams(driver):
     wrong = []
 
     def work(given, expected):
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with contextlib.nullcontext() if given is many[0] else torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(100):
                 got = layer.launch(*given)
             torch.cuda.current_stream().synchronize()

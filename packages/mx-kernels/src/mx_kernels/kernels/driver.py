@@ -27,7 +27,7 @@ ADDRESS = "P"
 _NUMBERS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 _NUMBERS |= {"u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}
 _EARLY = 6  # the attribute of kernels that may start before the one in front has ended (programmatic dependent launch)
-_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: a thread's first launch
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: a thread's first use of a device
 
 
 class _Attribute(ctypes.Structure):
@@ -187,7 +187,7 @@ class DriverLaunch:
             self.config.stream = stream
             error = self.cuda.cuLaunchKernelEx(self.ref, self.function, self.params, None)
             if error == _NO_CONTEXT:
-                torch.cuda.set_device(torch.cuda.current_device())
+                torch.cuda.mem_get_info()  # whatever needs a context makes the device's the thread's
                 error = self.cuda.cuLaunchKernelEx(self.ref, self.function, self.params, None)
             if error:
                 self._check(error)

@@ -171,9 +171,7 @@ def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options
     assert usage is not None
     registers, stack, local = (int(n) for n in usage.groups())
     if gpu.arch >= 90 or not any("tensordesc" in kind for kind in types.values()):  # older ones have no copy engine
-        laid_out = parameters([types[name] for name in names])
-        assert laid_out is not None, "the CUDA driver cannot launch it: a type is unknown"
-        codes = [*itertools.chain(*laid_out), *SCRATCH]
+        codes = [*itertools.chain(*parameters([types[name] for name in names])), *SCRATCH]
         assert _parameter_bytes(made.asm) == [struct.calcsize(code) for code in codes], "the driver cannot launch it"
     return Compiled(target, made.asm, made.ir, registers, stack + local, shared, made.cubin)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mx_kernels as mk
+from mx_kernels.choose import Unsupported
 
 from .test_moe import steps
 from .test_rebased_moe import steps as rebased_steps
@@ -95,8 +96,9 @@ VALUES = (-5, 1, 0.25, 1 << 40, "silu")
 def test_parameters(driver):
     assert driver.parameters(SIGNATURE) == [["128s", "i", "i", "q", "q"], ["P"], [], ["P"], ["i"], [], ["f"], ["q"], []]
     assert driver.parameters(["tensordesc<u8[8]>"]) == [["128s", "i", "q"]]
-    for unknown in ("fp16", "u128", ("i32", "i32")):
-        assert driver.parameters(["*u8", unknown]) is None
+    for unknown in ("fp16", "u128", ("i32", "i32"), None):
+        with pytest.raises(Unsupported, match="an argument is of type"):
+            driver.parameters(["*u8", unknown])
 
 
 @pytest.mark.compile
@@ -107,7 +109,7 @@ def test_what_the_driver_is_given(driver, monkeypatch, early):
     monkeypatch.setattr(driver, "_cuda", lambda: cuda)
     args = (descriptor(1 << 20), 4096, None, 8192)
     kernel = compiled(SIGNATURE, [META], launch_pdl=early)
-    run = driver.DriverLaunch.of(kernel, (7, 2, 1), args, VALUES)
+    run = driver.DriverLaunch(kernel, (7, 2, 1), args, VALUES)
     attribute = [(6, 1)] if early else []
     for stream, matrix, a, b in ((0, 1 << 20, 4096, 8192), (9, 1 << 21, 512, None), (9, 1 << 21, 0, 1 << 47)):
         run(stream, [matrix, a, None, b])
@@ -122,36 +124,61 @@ def test_what_the_driver_is_given(driver, monkeypatch, early):
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    "change",
+    ("why", "change"),
     [
-        {"codes": [*CODES, "P"]},
-        {"codes": CODES[:-1]},
-        {"codes": ["128s", "i", "i", "q", "q", "P", "P", "q", "f", "q", "P", "P"]},
-        {"global_scratch_size": 64},
-        {"launch_cooperative_grid": True},
-        {"num_ctas": 2},
-        {"metas": []},
-        {"metas": [META | {"fp4_padded": True}]},
-        {"signature": [*SIGNATURE[:-1], "fp16"]},
-        {"cuda": None},
+        ("parameters are others", {"codes": [*CODES, "P"]}),
+        ("parameters are others", {"codes": CODES[:-1]}),
+        ("parameters are others", {"codes": [*CODES[:7], "q", *CODES[8:]]}),
+        ("global_scratch_size is 64", {"global_scratch_size": 64}),
+        ("launch_cooperative_grid is True", {"launch_cooperative_grid": True}),
+        ("clusters of 2", {"num_ctas": 2}),
+        ("descriptor", {"metas": []}),
+        ("descriptor", {"metas": [META | {"fp4_padded": True}]}),
+        ("does not take a descriptor", {"refuses": 1}),
+        ("of type fp16", {"signature": [*SIGNATURE[:-1], "fp16"]}),
+        ("older than CUDA 12.4", {"cuda": None}),
     ],
-    ids=lambda change: next(iter(change)),
 )
-def test_left_to_triton(driver, monkeypatch, change):
-    """Whatever is not as it is known here has no launch by the driver."""
-    cuda = Cuda(change.pop("codes", CODES))
-    monkeypatch.setattr(driver, "_cuda", lambda: change.pop("cuda", cuda))
+def test_left_to_triton(driver, monkeypatch, why, change):
+    """Whatever is not as it is known here has no launch by the driver, and says why."""
+    change = dict(change)
+    cuda = change.pop("cuda", Cuda(change.pop("codes", CODES)))
+    if error := change.pop("refuses", 0):
+        cuda.cuTensorMapEncodeTiled = lambda *_: error
+    monkeypatch.setattr(driver, "_cuda", lambda: cuda)
     signature, metas = change.pop("signature", SIGNATURE), change.pop("metas", [META])
-    about = {name: value for name, value in change.items() if name != "cuda"}
     args = (descriptor(1 << 20), 4096, None, 8192)
-    assert driver.DriverLaunch.of(compiled(signature, metas, **about), (7, 2, 1), args, VALUES) is None
+    with pytest.raises(Unsupported, match=why):
+        driver.DriverLaunch(compiled(signature, metas, **change), (7, 2, 1), args, VALUES)
+
+
+@pytest.mark.compile
+def test_what_is_left_to_triton_is_logged(driver, monkeypatch, caplog):
+    launch = importlib.import_module("mx_kernels.kernels.launch")
+    made = object.__new__(launch.CompiledKernel)
+    vars(made).update(vars(compiled(["*u8"])))
+
+    class Kernel:
+        arg_names = ("a0",)
+
+        def __getitem__(self, grid):
+            return lambda *args: made
+
+    monkeypatch.setattr(driver, "_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    run = launch.Launch(Kernel(), (1,), torch.device("cuda", 0))
+    with caplog.at_level("INFO"):
+        run(torch.empty(16, dtype=torch.uint8))
+    assert run.compiled is made
+    assert run.by_driver is None
+    assert "kernel goes on by Triton's launcher: there is no CUDA driver" in caplog.text
 
 
 @pytest.mark.compile
 def test_errors_say_what_the_driver_says(driver, monkeypatch):
     cuda = Cuda(["P", "P", "P"])
     monkeypatch.setattr(driver, "_cuda", lambda: cuda)
-    run = driver.DriverLaunch.of(compiled(["*u8"]), (1, 1, 1), (16,), ())
+    run = driver.DriverLaunch(compiled(["*u8"]), (1, 1, 1), (16,), ())
     cuda.errors = [719]
     with pytest.raises(RuntimeError, match=r"did not launch kernel: out of patience \(error 719\)"):
         run(0, [16])
@@ -164,7 +191,7 @@ def test_a_thread_that_has_no_context_gets_one(driver, monkeypatch):
     cuda, asked = Cuda(["P", "P", "P"]), []
     monkeypatch.setattr(driver, "_cuda", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(1))
-    run = driver.DriverLaunch.of(compiled(["*u8"]), (1, 1, 1), (16,), ())
+    run = driver.DriverLaunch(compiled(["*u8"]), (1, 1, 1), (16,), ())
     for errors, launches in (([201], 1), ([201, 201], 0), ([], 1)):
         cuda.errors, cuda.launches = errors, []
         if not launches:
@@ -258,4 +285,3 @@ def test_threads_and_streams(driver):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(want) == 4

@@ -62,21 +62,6 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
 
 
 @pytest.mark.parametrize(
-    ("pairs", "n", "k", "group"),
-    [
-        (4096, 28672, 4096, 2),
-        (4096, 4096, 14336, 2),
-        (1024, 28672, 4096, 4),
-        (4096, 5760, 2880, 1),
-        (1024, 1536, 2048, 1),
-    ],
-)
-def test_how_many_blocks_of_plain_weights_walk_together(pairs, n, k, group):
-    """As measured on an H100: two, or all of four, where an expert's weight is larger than the second-level cache."""
-    assert choose_config(Problem("", 32, 8 * pairs, 8, n, k), 256, specialized=True, slots=True).group == group
-
-
-@pytest.mark.parametrize(
     ("element", "pairs", "n", "k", "block", "elsewhere"),
     [  # where tokens may be brought into slot order, and where not
         ("e2m1", 55, 5760, 2880, 128, 128),
@@ -131,7 +116,7 @@ def test_only_where_the_device_has_warpgroup_products(monkeypatch):
 
 
 def meta_product(
-    kernel, monkeypatch, f, k, act, config=None, *, pairs=8192, block=256, slots=False, out=torch.bfloat16, x=None, **epilogue
+    kernel, monkeypatch, f, k, act, config=None, *, pairs=8192, experts=8, block=256, slots=False, out=torch.bfloat16, x=None, **epilogue
 ):  # fmt: skip
     """The plan of a product on the meta device, and its tensors. f: None for plain weights; slots: x and y have a row a slot."""
     calls = []
@@ -139,13 +124,13 @@ def meta_product(
     w = torch.randn(1, 256, k)
     w = w.bfloat16() if f is None else mk.quantize(w, f)
     p = mk.pack(w, gated=act is not None, layout=act.layout if act else "concatenated")
-    p = p.map(lambda t: torch.empty((8, *t.shape[1:]) if t.ndim else t.shape, dtype=t.dtype, device="meta"))
-    object.__setattr__(p, "shape", torch.Size((8, 256, k)))
+    p = p.map(lambda t: torch.empty((experts, *t.shape[1:]) if t.ndim else t.shape, dtype=t.dtype, device="meta"))
+    object.__setattr__(p, "shape", torch.Size((experts, 256, k)))
     i32 = {"dtype": torch.int32, "device": "meta"}
-    capacity = pairs + 8 * block
+    capacity = pairs + experts * block
     routed = (torch.empty(capacity, **i32), torch.empty(capacity // block, **i32), torch.empty(1, **i32))
-    tiles = mk.Alignment(torch.empty((pairs // 2, 2), **i32), 8, block, *routed)
-    bias = torch.empty((8, 256), dtype=torch.bfloat16, device="meta") if act is OAI else None
+    tiles = mk.Alignment(torch.empty((pairs // 2, 2), **i32), experts, block, *routed)
+    bias = torch.empty((experts, 256), dtype=torch.bfloat16, device="meta") if act is OAI else None
     weight = torch.empty(pairs, device="meta") if act is None else None
     top_k = 2 if act else 1
     rows, top_k = (capacity, 0) if slots else (pairs // top_k, top_k)
@@ -173,6 +158,9 @@ def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, mo
     assert short.kernel is kernel._grouped_gemm_packed_kernel
     loose, _ = meta_product(kernel, monkeypatch, None, 2048, SILU)  # plain weights, and x not in slot order
     assert loose.kernel is kernel._grouped_gemm_packed_kernel
+    for experts in (65534, 65535):  # more than a table of the kernel's holds
+        many, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU, pairs=1 << 24, experts=experts)
+        assert (many.kernel is taken.kernel) == (experts < 65535)
     boxed, _ = meta_product(kernel, monkeypatch, None, 2048, SILU, slots=True)
     assert boxed.kernel is taken.kernel
     assert [place for place, _, _ in boxed.boxes] == [0, 1]

@@ -264,7 +264,8 @@ def test_every_step_finds_its_own(kind, groups, pairs, levels, copied, stages, k
 @pytest.mark.compile
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 @pytest.mark.parametrize(
-    "levels", [[[2] * 5 + [0], [2], [], [1], [2, 2]], [[0]], [[2, 2, 2]], [[1], [2] * 7 + [1]] * 9]
+    "levels",
+    [[[2] * 5 + [0], [2], [], [1], [2, 2]], [[0]], [[2, 2, 2]], [[1], [2] * 7 + [1]] * 9, [[2] * 3 + [1]] * 256],
 )
 def test_pieces(group, levels):
     """Each weight tile of each block once; where blocks walk together, full ones first, those of an expert side by side."""

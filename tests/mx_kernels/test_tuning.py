@@ -169,3 +169,18 @@ def test_block_size_knows_packed_weights():
     assert mk.block_size(32 * 128, 128, "cpu", w) == 16
     assert mk.block_size(32 * 128, 128, "cuda", w) == 64
     assert mk.block_size(64 * 128, 128, "cuda", w) == 128
+
+
+@pytest.mark.parametrize(
+    ("pairs", "n", "k", "group"),
+    [
+        (4096, 28672, 4096, 2),
+        (4096, 4096, 14336, 2),
+        (1024, 28672, 4096, 4),
+        (4096, 5760, 2880, 1),
+        (1024, 1536, 2048, 1),
+    ],
+)
+def test_how_many_blocks_of_plain_weights_walk_together(pairs, n, k, group):
+    """As measured on an H100: two, or all of four, where an expert's weight is larger than the second-level cache."""
+    assert choose_config(Problem("", 32, 8 * pairs, 8, n, k), 256, specialized=True, slots=True).group == group

@@ -4,7 +4,7 @@ Triton's launcher takes each of some forty arguments as a Python object every ti
 anew: 36 us of the host's time for a product with three of them, of which the driver takes 5 (docs/performance.md). Here only addresses
 and the stream change from one launch to the next. What a kernel's parameters are follows from Triton's signature of it, and has to be
 what the driver says they are (their number and sizes): otherwise, and for whatever is not known here, there is no ``DriverLaunch``,
-and Triton's launcher goes on.
+and Triton's launcher goes on, which is logged.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from triton.compiler import CompiledKernel
+
+from ..choose import Unsupported
 
 MAP = "128s"  # the copy engine's description of a matrix, CUtensorMap, aligned to 64 bytes
 ADDRESS = "P"
@@ -45,20 +47,18 @@ class _Config(ctypes.Structure):
 def _cuda() -> ctypes.CDLL | None:
     """The driver, if it has all that is asked of it here (since CUDA 12.4)."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda = ctypes.CDLL("libcuda.so.1") if torch.version.hip is None else None
     except OSError:
-        return None
+        cuda = None
     names = ("cuLaunchKernelEx", "cuFuncGetParamInfo", "cuTensorMapEncodeTiled", "cuTensorMapReplaceAddress")
-    return cuda if all(hasattr(cuda, name) for name in (*names, "cuGetErrorString")) else None
+    return cuda if cuda is not None and all(hasattr(cuda, name) for name in (*names, "cuGetErrorString")) else None
 
 
-def parameters(signature: Sequence[Any]) -> list[list[str]] | None:
+def parameters(signature: Sequence[Any]) -> list[list[str]]:
     """Of each argument by its type in Triton's signature: the parameters that it becomes, as ``struct`` has them; none where it is
-    compiled in. None for types that are not known here."""
+    compiled in. Raises Unsupported for types that are not known here."""
     found = []
-    for kind in signature:
-        if not isinstance(kind, str):
-            return None
+    for kind in map(str, signature):
         if kind == "constexpr":
             found.append([])
         elif kind[0] == "*":
@@ -69,7 +69,7 @@ def parameters(signature: Sequence[Any]) -> list[list[str]] | None:
         elif kind in _NUMBERS:
             found.append([_NUMBERS[kind]])
         else:
-            return None
+            raise Unsupported(f"an argument is of type {kind}")
     return found
 
 
@@ -95,77 +95,66 @@ def _agrees(cuda: ctypes.CDLL, function: int, codes: Sequence[str]) -> bool:
 
 class DriverLaunch:
     """A kernel's launches on one device: call it with a stream's handle and the addresses of all arguments that are tensors, in their
-    order (None: no address), where the device is current."""
+    order (None: no address), where the device is current.
 
-    @staticmethod
-    def of(
-        compiled: CompiledKernel, grid: tuple[int, ...], args: Sequence[Any], values: Sequence[Any]
-    ) -> DriverLaunch | None:
-        """For launches that differ from ``kernel[grid](*args, *values)``, for which it was compiled, in nothing but addresses; None
-        where they are left to Triton."""
-        cuda, about = _cuda(), compiled.metadata
-        kinds = parameters([compiled.src.signature.get(name) for name in compiled.src.fn.arg_names])
-        if cuda is None or kinds is None or len(kinds) != len(args) + len(values):
-            return None
-        needs = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid")
-        if any(getattr(about, name, 0) for name in needs) or about.num_ctas != 1:
-            return None
-        if not _agrees(cuda, compiled.function, [*itertools.chain(*kinds), *SCRATCH]):
-            return None
-        made = DriverLaunch(cuda, compiled, grid, kinds)
-        return made if made._fill(args, values, [*(getattr(about, "tensordesc_meta", None) or ())]) else None
+    They differ from ``kernel[grid](*args, *values)``, for which it was compiled, in nothing but addresses. Raises Unsupported, which says
+    why, where launches are left to Triton.
+    """
 
     def __init__(
-        self, cuda: ctypes.CDLL, compiled: CompiledKernel, grid: tuple[int, ...], kinds: Sequence[Sequence[str]]
+        self, compiled: CompiledKernel, grid: tuple[int, ...], args: Sequence[Any], values: Sequence[Any]
     ) -> None:
-        self.cuda, self.name, self.kinds = cuda, compiled.name, kinds
+        cuda, about = _cuda(), compiled.metadata
+        if cuda is None:
+            raise Unsupported("there is no CUDA driver, or one older than CUDA 12.4")
+        for need in ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid"):
+            if getattr(about, need, 0):
+                raise Unsupported(f"its {need} is {getattr(about, need)}")
+        if about.num_ctas != 1:
+            raise Unsupported(f"its programs are clusters of {about.num_ctas}")
+        kinds = parameters([compiled.src.signature.get(name) for name in compiled.src.fn.arg_names])
+        codes = [*itertools.chain(*kinds), *SCRATCH]
+        if not _agrees(cuda, compiled.function, codes):
+            raise Unsupported("the driver says that its parameters are others than those of Triton's signature")
+        self.cuda, self.name = cuda, compiled.name
         self.function = ctypes.c_void_p(compiled.function)
-        about, attribute = compiled.metadata, ctypes.pointer(_Attribute(_EARLY, 0, 1))
-        block = (32 * about.num_warps, 1, 1)
+        self.lock = threading.Lock()  # what the driver reads is changed for each launch
+        attribute, block = ctypes.pointer(_Attribute(_EARLY, 0, 1)), (32 * about.num_warps, 1, 1)
         self.config = _Config((*grid,), block, about.shared, None, attribute, int(bool(about.launch_pdl)))
         self.ref = ctypes.byref(self.config)
-        self.lock = threading.Lock()  # what the driver reads is changed for each launch
 
-    def _fill(self, args: Sequence[Any], values: Sequence[Any], metas: list[Mapping[str, Any]]) -> bool:
-        """Lay the parameters out: addresses side by side, maps, numbers; whether everything was known."""
-        codes = [*itertools.chain(*self.kinds), *SCRATCH]
-        maps = codes.count(MAP)
-        memory = ctypes.create_string_buffer(64 + 128 * maps + 8 * len(codes))
-        begin = -(-ctypes.addressof(memory) // 64) * 64
-        end = begin + 128 * maps
-        self.memory = memory
-        places = [i for i, kind in enumerate(self.kinds) if kind == [ADDRESS]]  # of arguments that are addresses
+        maps = codes.count(MAP)  # first in memory, then addresses, then numbers
+        self.memory = ctypes.create_string_buffer(64 + 128 * maps + 8 * len(codes))
+        begin = -(-ctypes.addressof(self.memory) // 64) * 64
+        places = [i for i, kind in enumerate(kinds) if kind == [ADDRESS]]  # of arguments that are addresses
         self.pick = picker(places)
-        self.addresses = (ctypes.c_void_p * len(places)).from_address(end)
+        self.addresses = (ctypes.c_void_p * len(places)).from_address(begin + 128 * maps)
         self.maps: list[list[Any]] = []  # (a map, its argument's place, the address that it has)
-        number = end + 8 * len(places)
-        at = []
-        for i, kind in enumerate(self.kinds):
+        number, at = begin + 128 * maps + 8 * len(places), []
+        metas = iter(getattr(about, "tensordesc_meta", None) or ())
+        for i, (kind, given) in enumerate(zip(kinds, (*args, *values), strict=True)):
             if kind == [ADDRESS]:
-                at.append(end + 8 * places.index(i))
+                at.append(begin + 128 * maps + 8 * places.index(i))
             elif kind and kind[0] == MAP:
-                meta = metas.pop(0) if metas else {}
                 place = begin + 128 * len(self.maps)
-                if not self._describe(place, args[i], meta):
-                    return False
-                self.maps.append([ctypes.c_void_p(place), i, args[i].base.data_ptr()])
+                self._describe(place, given, next(metas, {}))
+                self.maps.append([ctypes.c_void_p(place), i, given.base.data_ptr()])
                 at.append(place)
-                for code, n in zip(kind[1:], (*args[i].shape, *args[i].strides), strict=True):
+                for code, n in zip(kind[1:], (*given.shape, *given.strides), strict=True):
                     number = _put(number, code, n, at)
             elif kind:
-                number = _put(number, kind[0], values[i - len(args)] if i >= len(args) else args[i], at)
+                number = _put(number, kind[0], given, at)
         for code in SCRATCH:
             number = _put(number, code, 0, at)
         self.params = (ctypes.c_void_p * len(at))(*at)
-        return True
 
-    def _describe(self, place: int, matrix: Any, meta: Mapping[str, Any]) -> bool:
+    def _describe(self, place: int, matrix: Any, meta: Mapping[str, Any]) -> None:
         """Write the map of a descriptor of Triton's, as its compiler lays the matrix out in shared memory."""
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
         odd = meta.get("fp4_padded") or meta.get("is_im2col") or getattr(matrix, "round_f32_to_tf32", False)
         if not meta or odd or matrix.padding != "zero":
-            return False
+            raise Unsupported("a descriptor for the copy engine is of a kind that is not known here")
         rank, size = len(matrix.shape), meta["elem_size"]
         numbers = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
         error = self.cuda.cuTensorMapEncodeTiled(
@@ -174,7 +163,8 @@ class DriverLaunch:
             numbers[1](*reversed(meta["block_size"])), numbers[1](*[1] * rank),
             0, meta["swizzle"], 2, 0,  # not interleaved; 128 bytes a request of the second-level cache; zeros outside
         )  # fmt: skip
-        return bool(error == 0)
+        if error:
+            raise Unsupported(f"the driver does not take a descriptor (error {error})")
 
     def __call__(self, stream: int, given: Sequence[int | None]) -> None:
         """Launch on addresses that are aligned to 16 bytes."""

@@ -231,7 +231,8 @@ def _plan(
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
     small = block == SMALL and kind != "" and strips >= 12
     served = wgmma and route == SORTED.value and (small or (block == LARGE and strips >= 8)) and count == 1
-    served = served and round_to == "" and (act != "") == w_gated and aligned and experts < 65535
+    served = served and round_to == "" and (act != "") == w_gated and aligned
+    served = served and experts < 65535  # a table of the kernel's holds them in 16 bits
     if kind != "":
         served = served and tail < 2 and w_stride[:2] == (w_shape[1] * strips * 512, strips * 512)
         served = served and s_stride[1] == rows * 128 // problem.block and s_stride[0] % s_stride[1] == 0

@@ -9,6 +9,7 @@ and how the CUDA driver launches it (``driver.py``).
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,11 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from ..choose import Unsupported
 from ..tuned import wgmma
 from .driver import DriverLaunch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,10 @@ class Launch:
         made = self.kernel[self.grid](*given, *self.values, **self.options)
         if aligned and self.device.type == "cuda" and isinstance(made, CompiledKernel):  # not in the interpreter
             self.compiled = made
-            self.by_driver = DriverLaunch.of(made, self.grid, given, self.values) if torch.version.hip is None else None
+            try:
+                self.by_driver = DriverLaunch(made, self.grid, given, self.values)
+            except Unsupported as reason:
+                _log.info("%s goes on by Triton's launcher: %s", made.name, reason)
         return None
 
 

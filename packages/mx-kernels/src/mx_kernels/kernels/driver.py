@@ -43,6 +43,20 @@ class _Config(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Node(ctypes.Structure):
+    """A kernel's launch as a node of a graph, CUDA_KERNEL_NODE_PARAMS."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("params", ctypes.c_void_p), ("extra", ctypes.c_void_p), ("kernel", ctypes.c_void_p), ("context", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+_NAMES = (
+    "cuLaunchKernelEx", "cuFuncGetParamInfo", "cuTensorMapEncodeTiled", "cuTensorMapReplaceAddress", "cuGetErrorString",
+)  # fmt: skip
+
+
 @functools.cache
 def _cuda() -> ctypes.CDLL | None:
     """The driver, if it has all that is asked of it here (since CUDA 12.4)."""
@@ -50,8 +64,20 @@ def _cuda() -> ctypes.CDLL | None:
         cuda = ctypes.CDLL("libcuda.so.1") if torch.version.hip is None else None
     except OSError:
         cuda = None
-    names = ("cuLaunchKernelEx", "cuFuncGetParamInfo", "cuTensorMapEncodeTiled", "cuTensorMapReplaceAddress")
-    return cuda if cuda is not None and all(hasattr(cuda, name) for name in (*names, "cuGetErrorString")) else None
+    return cuda if cuda is not None and all(hasattr(cuda, name) for name in _NAMES) else None
+
+
+def asked(cuda: ctypes.CDLL, what: str, ask: Callable[..., int], *args: Any) -> None:
+    """Call the driver, which then is to have done ``what``: RuntimeError, with what it says, where it has not."""
+    error = ask(*args)
+    if error == _NO_CONTEXT:
+        torch.cuda.mem_get_info()  # whatever needs a context makes the device's the thread's
+        error = ask(*args)
+    if error:
+        text = ctypes.c_char_p()
+        cuda.cuGetErrorString(error, ctypes.byref(text))
+        said = text.value.decode() if text.value else "unknown"
+        raise RuntimeError(f"the CUDA driver did not {what}: {said} (error {error})")
 
 
 def parameters(signature: Sequence[Any]) -> list[list[str]]:
@@ -116,11 +142,12 @@ class DriverLaunch:
         codes = [*itertools.chain(*kinds), *SCRATCH]
         if not _agrees(cuda, compiled.function, codes):
             raise Unsupported("the driver says that its parameters are others than those of Triton's signature")
-        self.cuda, self.name = cuda, compiled.name
+        self.cuda, self.what = cuda, f"launch {compiled.name}"
         self.function = ctypes.c_void_p(compiled.function)
         self.lock = threading.Lock()  # what the driver reads is changed for each launch
+        self.early = bool(about.launch_pdl)
         attribute, block = ctypes.pointer(_Attribute(_EARLY, 0, 1)), (32 * about.num_warps, 1, 1)
-        self.config = _Config((*grid,), block, about.shared, None, attribute, int(bool(about.launch_pdl)))
+        self.config = _Config((*grid,), block, about.shared, None, attribute, int(self.early))
         self.ref = ctypes.byref(self.config)
 
         maps = codes.count(MAP)  # first in memory, then addresses, then numbers
@@ -147,6 +174,8 @@ class DriverLaunch:
         for code in SCRATCH:
             number = _put(number, code, 0, at)
         self.params = (ctypes.c_void_p * len(at))(*at)
+        node = _Node(compiled.function, (*grid,), block, about.shared, ctypes.addressof(self.params), None, None, None)
+        self.node = ctypes.byref(node)
 
     def _describe(self, place: int, matrix: Any, meta: Mapping[str, Any]) -> None:
         """Write the map of a descriptor of Triton's, as its compiler lays the matrix out in shared memory."""
@@ -166,28 +195,21 @@ class DriverLaunch:
         if error:
             raise Unsupported(f"the driver does not take a descriptor (error {error})")
 
+    def place(self, given: Sequence[int | None]) -> None:
+        """Lay out addresses, aligned to 16 bytes; whoever does so holds ``lock`` until the driver has read them."""
+        self.addresses[:] = self.pick(given)
+        for held in self.maps:
+            if given[held[1]] != held[2]:
+                address = ctypes.c_void_p(given[held[1]])
+                asked(self.cuda, self.what, self.cuda.cuTensorMapReplaceAddress, held[0], address)
+                held[2] = given[held[1]]
+
     def __call__(self, stream: int, given: Sequence[int | None]) -> None:
         """Launch on addresses that are aligned to 16 bytes."""
         with self.lock:
-            self.addresses[:] = self.pick(given)
-            for held in self.maps:
-                if given[held[1]] != held[2]:
-                    self._check(self.cuda.cuTensorMapReplaceAddress(held[0], ctypes.c_void_p(given[held[1]])))
-                    held[2] = given[held[1]]
+            self.place(given)
             self.config.stream = stream
-            error = self.cuda.cuLaunchKernelEx(self.ref, self.function, self.params, None)
-            if error == _NO_CONTEXT:
-                torch.cuda.mem_get_info()  # whatever needs a context makes the device's the thread's
-                error = self.cuda.cuLaunchKernelEx(self.ref, self.function, self.params, None)
-            if error:
-                self._check(error)
-
-    def _check(self, error: int) -> None:
-        if error:
-            text = ctypes.c_char_p()
-            self.cuda.cuGetErrorString(error, ctypes.byref(text))
-            what = text.value.decode() if text.value else "unknown"
-            raise RuntimeError(f"the CUDA driver did not launch {self.name}: {what} (error {error})")
+            asked(self.cuda, self.what, self.cuda.cuLaunchKernelEx, self.ref, self.function, self.params, None)
 
 
 def _put(place: int, code: str, n: float, at: list[int]) -> int:

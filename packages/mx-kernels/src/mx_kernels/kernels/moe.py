@@ -24,7 +24,8 @@ from ..grouped_gemm import block_size
 from ..packed_gemm import flat_product
 from ..slots import layer_slots
 from . import align, combine, grouped_gemm, slots
-from .driver import picker
+from .chain import chain
+from .driver import DriverLaunch, picker
 from .launch import Launch, current_stream, ready
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ class Plan:
     offsets: tuple[int, ...]
     size: int
     counters: int
+
+    @functools.cached_property
+    def by_driver(self) -> tuple[DriverLaunch, ...]:
+        """The launches, where the driver makes all of them; else none. To be asked when they have been compiled."""
+        runs = [run.by_driver for run, _ in self.launches]
+        return tuple(run for run in runs if run is not None) if None not in runs else ()
+
+    @functools.cached_property
+    def early(self) -> tuple[bool, ...]:
+        """Which of them start before the one in front has ended."""
+        return tuple(run.early for run in self.by_driver)
 
 
 _PLANS = 4096  # that are remembered
@@ -83,9 +95,14 @@ def launch(
     base = work.data_ptr()
     addresses += [base + offset for offset in plan.offsets]
     addresses += [grouped_gemm.counters(device, plan.counters).data_ptr() if plan.counters else None, None]
-    stream = current_stream(device)
-    for run, pick in plan.launches:
-        run.run(stream, pick(addresses))
+    stream, whole = current_stream(device), None
+    if plan.by_driver and not torch.cuda.is_current_stream_capturing():
+        whole = chain(device.index, stream, plan.by_driver, plan.early)
+    if whole is not None:
+        whole(plan.by_driver, [pick(addresses) for _, pick in plan.launches])
+    else:
+        for run, pick in plan.launches:
+            run.run(stream, pick(addresses))
     return out
 
 

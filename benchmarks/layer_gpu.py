@@ -5,7 +5,8 @@
 - emulation: dequantize-on-the-fly experts, CUDA graph, cold weights; the dequantization alone against a copy of this run, for the
   experts that T tokens hit (only those are dequantized). Each layer was checked against float32.
 - host: a call outside of a graph. The time in which the host issues it, one of ROW in a row as the layers of a model are, while the
-  device is busy with earlier work (median of rows); and the wall time of a call that the host waits for.
+  device is busy with earlier work (median of rows); and the wall time of a call that the host waits for. In turns with the same
+  kernels launched one by one instead of as a graph (``kernels/chain.py``).
 - compile: seconds from the first call of a new process to its result, with an empty Triton cache and with the cache that this left;
   imports, weights and packing are outside.
 - memory: bytes of the packed weights over those of their codes and scales, and the most that a call allocates besides its output.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -82,9 +84,30 @@ def emulation(shape: Shape, formats: list[str], tokens: list[int]) -> list[Row]:
 # --- host ---
 
 
+def issue_us(call: Callable[[], torch.Tensor]) -> float:
+    """Microseconds of the host for one of ROW calls."""
+    torch.cuda._sleep(20_000_000)  # about ten milliseconds: the device never waits for the host
+    begun = time.perf_counter()
+    for _ in range(ROW):
+        call()
+    us = 1e6 * (time.perf_counter() - begun) / ROW
+    torch.cuda.synchronize()
+    return us
+
+
+def wall_us(call: Callable[[], torch.Tensor]) -> float:
+    """Microseconds until one call's result is there."""
+    begun = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - begun)
+
+
 def host(shape: Shape, formats: list[str], tokens: list[int], calls: int = 200) -> list[Row]:
     """Host time of a call outside of a graph."""
     rows = []
+    launches = importlib.import_module("mx_kernels.kernels.moe")
+    ways = {"": launches.chain, "_one_by_one": lambda *_: None}
     for fmt in formats:
         for mode in ("a16", "a8"):
             if MODES[mode].formats is not None and fmt not in MODES[mode].formats:
@@ -92,26 +115,15 @@ def host(shape: Shape, formats: list[str], tokens: list[int], calls: int = 200) 
             experts = layer(shape, fmt, mode)
             for t in tokens:
                 call = call_of(experts, shape, t)
-                for _ in range(5):
-                    call()
-                torch.cuda.synchronize()
-                issue, wall = [], []
-                for _ in range(calls // ROW):
-                    torch.cuda._sleep(20_000_000)  # about ten milliseconds: the device never waits for the host
-                    begun = time.perf_counter()
-                    for _ in range(ROW):
-                        call()
-                    issue.append((time.perf_counter() - begun) / ROW)
-                    torch.cuda.synchronize()
-                for _ in range(calls):
-                    begun = time.perf_counter()
-                    call()
-                    torch.cuda.synchronize()
-                    wall.append(time.perf_counter() - begun)
+                times: dict[str, list[float]] = {}
+                for _ in range(4):
+                    for way, launches.chain in ways.items():
+                        for name, measure, n in (("host", issue_us, calls // ROW), ("wall", wall_us, calls // 4)):
+                            measure(call)
+                            times.setdefault(f"{name}{way}_us", []).extend(measure(call) for _ in range(n))
+                launches.chain = ways[""]
                 row = {"shape": shape.name, "layer": f"mx_{fmt}{MODES[mode].suffix}", "tokens": t}
-                rows.append(
-                    {**row, "host_us": 1e6 * statistics.median(issue), "wall_us": 1e6 * statistics.median(wall)}
-                )
+                rows.append(row | {name: statistics.median(each) for name, each in times.items()})
             del experts
     return rows
 

@@ -21,7 +21,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,8 @@ def kernels_of(todo: list[Job]) -> list[Job]:
     """One job for each kernel: a compilation serves every number of tokens with the same route."""
     kinds: dict[object, Job] = {}
     for j in todo:
-        for c in {j.config, replace(j.config, pdl=True)} if j.tokens <= 16 else {j.config}:
-            route = (j.pairs <= 64, j.tokens == 1, j.pairs > j.shape.experts)
-            kinds.setdefault((j.shape, j.fmt, j.gemm, j.block, c, route), replace(j, config=c))
+        route = (j.pairs <= 64, j.tokens == 1, j.pairs > j.shape.experts)
+        kinds.setdefault((j.shape, j.fmt, j.gemm, j.block, j.config, route), j)
     return list(kinds.values())
 
 
@@ -309,34 +308,25 @@ def measure(cell: Cell, todo: list[Job], units: int) -> tuple[list[dict[str, Any
             records.append({**where, "gemm": gemm, "us": us, "block": job.block, "config": asdict(job.config)})
         best = sorted(times[gemm].items(), key=lambda found: found[1])[:4]
         lines.append(f"  GEMM{gemm} " + "  ".join(f"{block}:{short(c)} {us:.1f}" for (block, c), us in best))
-    model_block, chosen = model(shape, fmt, tokens, units)
-    base = {g: replace(c, pdl=False) for g, c in chosen.items()}
+    model_block, base = model(shape, fmt, tokens, units)
     block, best_of = best_pair(times)
     if block == model_block:  # a GEMM that gains nothing keeps the model's configuration
         for g in (1, 2):
             if times[g][block, best_of[g]] > (1 - MARGIN) * times[g][block, base[g]]:
                 best_of[g] = base[g]
-    dependent = chosen[2].pdl  # GEMM 2 starts before GEMM 1 has ended
-    pairs = {
-        "model": (model_block, {1: base[1], 2: chosen[2]}),
-        "found": (block, {1: best_of[1], 2: replace(best_of[2], pdl=dependent)}),
-    }
-    if tokens <= 16:
-        pairs["found, other pdl"] = (block, {1: best_of[1], 2: replace(best_of[2], pdl=not dependent)})
+    pairs = {"model": (model_block, base), "found": (block, best_of)}
     us_of = dict(zip(pairs, cell.in_turns([cell.pair(*p) for p in pairs.values()]), strict=True))
     records.append({**where, "gemm": "pair", "us": us_of})
-    won = min((name for name in us_of if name != "model"), key=us_of.__getitem__)
     rows: list[dict[str, Any]] = []
-    if us_of[won] < (1 - MARGIN) * us_of["model"]:
-        final = pairs[won][1]
-        for g in (g for g in (1, 2) if (block, final[g]) != (model_block, pairs["model"][1][g])):
+    if us_of["found"] < (1 - MARGIN) * us_of["model"]:
+        for g in (g for g in (1, 2) if (block, best_of[g]) != (model_block, base[g])):
             new, old = (block, best_of[g]), (model_block, base[g])
             if not cell.agrees(g, old, new):
                 print(f"  {where} GEMM{g} {short(best_of[g])} differs from {short(base[g])}: no row", flush=True)
                 rows.clear()
                 break
             now = cell.in_turns([cell.run(g, *new), cell.run(g, *old)])
-            rows.append(row_of(problem_of(shape, fmt, tokens, g), block, final[g], *now))
+            rows.append(row_of(problem_of(shape, fmt, tokens, g), block, best_of[g], *now))
     floor = shape.floor_us(fmt, tokens, cell.active)
     print(
         f"{shape.name} {fmt} T={tokens}: " + ", ".join(f"{name} {t:.1f}" for name, t in us_of.items()),

@@ -149,7 +149,7 @@ def jobs(shape: Shape, fmt: str, tokens: list[int], sets: str, units: int) -> li
     for t, gemm in itertools.product(tokens, (1, 2)):
         p = problem_of(shape, fmt, t, gemm)
         block, chosen = model(shape, fmt, t, units)
-        first = replace(chosen[gemm], pdl=False)
+        first = chosen[gemm]
         found = [first, *(near(first, p.num_pairs) if "near" in sets.split(",") else [])]
         found += candidates(fmt, p.num_pairs, p.num_experts, sets)
         out.append(Job(shape, fmt, t, gemm, block, first))
@@ -164,5 +164,5 @@ def short(c: Config) -> str:
     """A configuration in a word."""
     flags = (("k", c.split, 1), ("g", c.group, 1), ("L", c.levels, 1), ("r", c.maxnreg, 0))
     shown = "".join(f"{name}{value}" for name, value, usual in flags if value != usual)
-    marks = "".join(m for m, there in (("n", not c.mask), ("p", c.pdl), ("s", c.specialized)) if there)
+    marks = "".join(m for m, there in (("n", not c.mask), ("s", c.specialized)) if there)
     return f"{c.pairs}x{c.rows}x{c.step}w{c.warps}s{c.stages}{shown}{marks}"

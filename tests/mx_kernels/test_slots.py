@@ -121,8 +121,11 @@ def test_where_a_layer_takes_them(monkeypatch):
     assert orders(mk.MXFP8, 4096, 2048, 2048) == (False, True)
     assert orders(mk.MXFP8, 5632, 1024, 2048) == (False, True)  # short rows are worth no gather
     assert orders(mk.MXFP8, 5632, 704, 2048) == (False, False)
-    assert orders(None, 5632, 2048, 2048) == (False, False)
-    assert orders(None, 5632, 2048, 4096) == (True, True)
+    assert orders(None, 5632, 2048, 2044) == (False, False)
+    assert orders(None, 5632, 2048, 2048) == (True, True)
+    assert orders(None, 1536, 2048, 2048) == (False, True)
+    assert orders(None, 2048, 768, 2048) == (False, True)
+    assert orders(None, 2048, 704, 2048) == (False, False)
     w = torch.zeros(4, 5632, 2048, dtype=torch.bfloat16)
     tiles = mk.moe_align_block_size(torch.zeros(2048, 1, dtype=torch.int32), 256, 4, sort=True)
     assert mk.layer_slots(w, w, tiles, plain=True, ordered=True) == (False, False)  # not packed

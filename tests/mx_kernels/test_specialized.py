@@ -56,9 +56,9 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
     assert choose_config(p, 256, specialized=True, slots=True).specialized == slots
     assert not choose_config(p, 256, slots=True).specialized
     plain = replace(p, element="")
-    assert not choose_config(plain, 256, specialized=True).specialized
-    many = pairs >= 1024 * experts and k >= 2048
-    assert choose_config(plain, 256, specialized=True, slots=True).specialized == many
+    many = pairs >= 512 * experts
+    assert choose_config(plain, 256, specialized=True).specialized == (many and k >= 2048 and n < 5120)
+    assert choose_config(plain, 256, specialized=True, slots=True).specialized == (many and k >= 768)
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,13 @@ def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, mo
         assert loose.kernel is kernel._grouped_gemm_packed_kernel  # rows that begin anywhere cannot be copied so
     short, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 96, SILU)  # half of its K is padding
     assert short.kernel is kernel._grouped_gemm_packed_kernel
-    loose, _ = meta_product(kernel, monkeypatch, None, 2048, SILU)  # plain weights, and x not in slot order
-    assert loose.kernel is kernel._grouped_gemm_packed_kernel
     for experts in (65534, 65535):  # more than a table of the kernel's holds
         many, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU, pairs=1 << 24, experts=experts)
         assert (many.kernel is taken.kernel) == (experts < 65535)
-    boxed, _ = meta_product(kernel, monkeypatch, None, 2048, SILU, slots=True)
-    assert boxed.kernel is taken.kernel
-    assert [place for place, _, _ in boxed.boxes] == [0, 1]
+    for slots in (True, False):
+        plain, _ = meta_product(kernel, monkeypatch, None, 2048, SILU, slots=slots)
+        assert plain.kernel is taken.kernel
+        assert [place for place, _, _ in plain.boxes] == [0, 1][not slots :]
     codes, _ = meta_product(kernel, monkeypatch, mk.NVFP4, 2048, SILU, slots=True)
     assert [place for place, _, _ in codes.boxes] == [0, 1, 2]
     assert codes.boxes[2] == (2, (8 * 16, 512), (1, 128))  # of 16 times 128 columns, two words for each of 256 rows
@@ -284,11 +283,14 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
 @pytest.mark.compile
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("act", [SILU, OAI, None], ids=["silu", "oai", "gemm2"])
-def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out):
-    """Both operands by the copy engine and from shared memory; a product is issued before the one in front of it has ended."""
-    made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, None, 2048, act, SPECIALIZED, slots=True, out=out))
-    assert made.opcodes()["UTMALDG"] == 7 + 3 * 2
-    assert made.opcodes()["LDGSTS"] == 0
+@pytest.mark.parametrize("slots", [True, False], ids=["slots", "pairs"])
+def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out, slots):
+    """Weights by the copy engine, x too where it lies in slot order, and products from shared memory; one is issued before the one in
+    front of it has ended."""
+    plan, tensors = meta_product(kernel, monkeypatch, None, 2048, act, SPECIALIZED, slots=slots, out=out)
+    made = compiled(aot, kernel, plan, tensors)
+    assert made.opcodes()["UTMALDG"] == 7 * slots + 3 * 2
+    assert (made.opcodes()["LDGSTS"] > 0) == (not slots)
     loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 100]
     assert {pairs for pairs in (256, 128, 64) for b in loops if any(f"64x{pairs}x16" in line for line in b)} == {
         256,
@@ -329,17 +331,16 @@ GELU = mk.Activation("gelu_tanh", limit=1.5)
 @pytest.mark.parametrize("act", [SILU, OAI, GELU, None], ids=["silu", "oai", "gelu", "none"])
 @pytest.mark.parametrize("f", [*FORMATS, None], ids=str)
 def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
-    """Every level (256, 128, 64 pairs), rows of x and of the result in the order of pairs and of slots (plain weights: of slots alone)."""
+    """Every level (256, 128, 64 pairs), rows of x and of the result in the order of pairs and of slots."""
     for problem in drawn(f, act):
         want = problem.product(128, TWO_PROGRAMS)
         assert want.isfinite().all()
-        if f is not None:
-            assert torch.equal(problem.product(256, SPECIALIZED), want)
+        assert torch.equal(problem.product(256, SPECIALIZED), want)
         for config in (SPECIALIZED, TWO_PROGRAMS) if problem.bias is not None else (SPECIALIZED,):
             assert torch.equal(problem.product(256, config, slots=True), want)
     config = replace(SPECIALIZED, stages=4 if f is None else 5)  # as many as the model gives results of 16 bits
     want = problem.product(128, TWO_PROGRAMS, out=torch.bfloat16)
-    for slots in (True,) if f is None else (True, False):
+    for slots in (True, False):
         assert torch.equal(problem.product(256, config, slots, torch.bfloat16), want)
 
 

@@ -34,7 +34,6 @@ configs = st.builds(
     levels=st.integers(1, 3),
     mask=st.booleans(),
     evict=st.sampled_from(["", "evict_first"]),
-    pdl=st.booleans(),
 )
 problems = st.builds(
     Problem,

@@ -14,7 +14,7 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters).
   h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product
   takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied instead, one by one, three
-  warpgroups gain from r = 72 (4 bits) or 80 to 160, two from 224 on. Plain weights, which nothing decodes, gain from r = 1024 on.
+  warpgroups gain from r = 72 (4 bits) or 80 to 160, two from 224 on. Plain weights, which nothing decodes, gain from r = 512 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all full blocks of an expert do, where a wave of programs would otherwise be one block's, and blocks that are not
   full come last: what takes equally long keeps in step and finds in that cache what others have brought there.
@@ -39,6 +39,7 @@ FEW = {True: ((0, 166), (254, 322)), False: ((0, 162), (260, 312))}
 (``test_tuning.py`` has the costs that were measured, and the model)."""
 LEAST = 160  # pairs an expert from which on large blocks gain where rows lie in slot order
 MANY = 224  # pairs an expert from which on they gain wherever x lies
+PLAIN = 512  # the same of plain weights, where rows lie in slot order or weights are narrow
 RING = SHARED - (20 << 10)  # bytes of shared memory for its stages, beside tables, notes and results on their way out
 
 
@@ -49,9 +50,8 @@ class Config:
     pairs: those of a block of the alignment, or a part of them. step: columns a step of the K loop. split: programs that share
     the K loop of a tile. group: blocks of pairs that walk the weight tiles together. levels: narrower loops (a half, a quarter of
     ``pairs``) for blocks with few pairs. mask: do not load rows of x that are not there. evict: eviction policy of weight loads.
-    maxnreg: registers a thread, 0 for the compiler's choice. pdl: start before the kernel in front has ended (NVIDIA, sm_90
-    and up). specialized: the kernel whose warps load or multiply, for 256 pairs and 128 rows or 160 and 192; levels, mask, evict and
-    maxnreg are its own.
+    maxnreg: registers a thread, 0 for the compiler's choice. specialized: the kernel whose warps load or multiply, for 256 pairs and 128
+    rows or 160 and 192; levels, mask, evict and maxnreg are its own.
     """
 
     pairs: int
@@ -65,7 +65,6 @@ class Config:
     mask: bool = True
     evict: str = ""
     maxnreg: int = 0
-    pdl: bool = False
     specialized: bool = False
 
 
@@ -108,10 +107,10 @@ def small_blocks(p: Problem) -> bool:
 def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
     """Pairs an expert from which on warps that load and warps that multiply are faster in such blocks, where a device has both; 0: never.
     slots: the rows of x lie in slot order."""
-    if p.k < (SHORT if slots and p.element else LONG):
+    if p.k < (SHORT if slots else LONG):
         return 0
     if p.element == "":
-        return 1024 if slots and block == LARGE else 0
+        return PLAIN if block == LARGE and (slots or p.n < GATHERED) else 0
     if block == SMALL:
         return 80 if p.element != "e2m1" else 56 if slots else 72
     return LEAST if slots else MANY
@@ -143,6 +142,17 @@ def shared_bytes(c: Config, p: Problem) -> int:
     codes = {"e2m1": 0.5, "": 2.0}.get(p.element, 1.0) * c.rows * c.step
     scales = 0 if p.element == "" else c.rows * max(4, c.step // p.block)
     return 2 * c.pairs * c.step * c.stages + int(codes + scales) * (c.stages if p.element == "" else c.stages - 1)
+
+
+def early(programs: float, columns: float, units: int) -> bool:
+    """Whether a product of few pairs should start before the kernel in front of it has ended: it gains a microsecond or two.
+
+    Its programs are placed where there is room at that time, so that some multiprocessors get more of them than others, which takes longer
+    (a tenth of a layer, measured) unless each gets many, none gets two, or they are short. programs: those that have work; columns: of K,
+    for each.
+    """
+    units = units or UNITS
+    return programs <= units or programs >= 4 * units or columns <= 1536
 
 
 def best_split(p: Problem, rows: int, step: int, units: int) -> int:
@@ -213,10 +223,10 @@ def _preferred(p: Problem, pairs: int, units: int) -> Config:
     each = p.num_pairs / p.num_experts
     if pairs <= 16:
         if plain:
-            return Config(pairs, rows, 64, 4, 8, pdl=few)
+            return Config(pairs, rows, 64, 4, 8)
         split = best_split(p, rows, 128, units) if few else 1
         stages = streaming_stages(p, -(-p.n // rows) * p.active * split, units)
-        return Config(pairs, rows, 128, 4, stages, split, maxnreg=128, pdl=few)
+        return Config(pairs, rows, 128, 4, stages, split, maxnreg=128)
     if pairs <= 64:
         levels = 2 if pairs == 32 or each < 48 else 3
         return Config(pairs, rows, 64, 4, 4, levels=levels, maxnreg=0 if plain else 168)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..alignment import capacity
-from .launch import Launch, starts_early
+from .launch import Launch, early_options, starts_early
 
 FUSED_PAIRS = 2048
 FEW_PAIRS = 32768
@@ -236,9 +236,9 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
     bins = max(64, triton.next_power_of_2(num_experts))
     numbers = (pairs, num_experts, num_global or 0)
     given, made = ("ids", "expert_map"), ("sorted_ids", "expert_ids", "num_padded")
-    early = starts_early("align", pairs, device)
     fixed: dict[str, Any] = {"HAS_MAP": num_global is not None, "EP": bins}
-    first = fixed | {"PDL": early, **({"launch_pdl": True} if early else {})}
+    lets = any(starts_early(behind, pairs, device) for behind in ("place", "product", "rebase_rows"))
+    first = fixed | early_options(starts_early("align", pairs, device), lets)
     if pairs <= FUSED_PAIRS:
         tile = max(128, triton.next_power_of_2(pairs))
         run = Launch(
@@ -255,9 +255,7 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
     rows = min(1024, max(256, triton.next_power_of_2(chunks)))
     columns = 2 if chunks > 512 and bins <= 128 else 4
     sizes |= {"counts": (chunks + 1) * bins}
-    early = starts_early("place", pairs, device)
-    later = {"PDL": early, **({"launch_pdl": True} if early else {})}
-    first |= {"PDL": first["PDL"] or early}  # lets the next one start, even where it does not start early itself
+    later = early_options(starts_early("place", pairs, device), lets)
     count = Launch(*(_count_kernel, (chunks,), device, *numbers), **first, CHUNK=chunk, num_warps=4)
     scan = Launch(
         *(_scan_kernel, (bins // columns,), device, chunks), EP=bins, ROWS=rows, COLUMNS=columns, **later, num_warps=4

@@ -97,18 +97,16 @@ class Chain:
 
     def __call__(self, runs: Sequence[DriverLaunch], given: Sequence[Sequence[int | None]]) -> None:
         """Launch them all, each on its addresses, which are aligned to 16 bytes."""
-        cuda = self.cuda
+        cuda, held, change = self.cuda, self.held, self.cuda.cuGraphExecKernelNodeSetParams_v2
         with self.lock:
             for i, new in enumerate(zip(runs, given, strict=True)):
-                if new == self.held[i]:
-                    continue
-                run, addresses = new
-                self.held[i] = None  # until it has been replaced
-                with run.lock:
-                    run.place(addresses)
-                    change = cuda.cuGraphExecKernelNodeSetParams_v2
-                    asked(cuda, self.what, change, self.launched, self.nodes[i], run.node)
-                self.held[i] = new
+                if new != held[i]:
+                    held[i] = None  # until it has been replaced
+                    run, addresses = new
+                    with run.lock:
+                        run.place(addresses)
+                        asked(cuda, self.what, change, self.launched, self.nodes[i], run.node)
+                    held[i] = new
             asked(cuda, self.what, cuda.cuGraphLaunch, self.launched, self.stream)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, starts_early, target
+from .launch import Launch, early_options, starts_early, target
 
 
 @triton.jit
@@ -103,8 +103,7 @@ def plan(
         HAS_MAP=num_global is not None,
         WEIGHTED=weighted,
         COLUMNS=columns,
-        PDL=early,
-        **({"launch_pdl": True} if early else {}),
+        **early_options(early),
         num_warps=1 if columns <= 256 else 2 if columns == 512 else 4,
         enable_fp_fusion=False,
     )

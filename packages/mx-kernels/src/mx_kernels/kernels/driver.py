@@ -154,7 +154,7 @@ class DriverLaunch:
         self.memory = ctypes.create_string_buffer(64 + 128 * maps + 8 * len(codes))
         begin = -(-ctypes.addressof(self.memory) // 64) * 64
         places = [i for i, kind in enumerate(kinds) if kind == [ADDRESS]]  # of arguments that are addresses
-        self.pick = picker(places)
+        self.pick = None if places == [*range(len(args))] else picker(places)
         self.addresses = (ctypes.c_void_p * len(places)).from_address(begin + 128 * maps)
         self.maps: list[list[Any]] = []  # (a map, its argument's place, the address that it has)
         number, at = begin + 128 * maps + 8 * len(places), []
@@ -197,7 +197,7 @@ class DriverLaunch:
 
     def place(self, given: Sequence[int | None]) -> None:
         """Lay out addresses, aligned to 16 bytes; whoever does so holds ``lock`` until the driver has read them."""
-        self.addresses[:] = self.pick(given)
+        self.addresses[:] = given if self.pick is None else self.pick(given)
         for held in self.maps:
             if given[held[1]] != held[2]:
                 address = ctypes.c_void_p(given[held[1]])

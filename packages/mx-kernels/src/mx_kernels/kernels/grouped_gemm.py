@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from ..tuned import config_for
-from ..tuning import LARGE, SHARED, SMALL, UNITS, Config, Problem
-from .launch import Launch, takes_registers, target
+from ..tuning import LARGE, SHARED, SMALL, UNITS, Config, Problem, early
+from .launch import Launch, early_options, starts_early, takes_registers, target
 from .packed_kernel import DENSE, PAIR, SELF, SORTED, _grouped_gemm_packed_kernel
 
 # From Triton 3.8 on the loops of 32 and 64 pairs spill at 168 registers, and need up to 208 (compiled for sm_90, not timed).
@@ -99,13 +99,13 @@ the copy engine brings rows of x too. Three times 160 and 32 are 65536 / 128; of
 
 
 @functools.cache
-def _facts(device: torch.device) -> tuple[int, int, bool, bool]:
-    """(multiprocessors, bytes of shared memory a program may have, programmatic dependent launch, wgmma)."""
+def _facts(device: torch.device) -> tuple[int, int, bool]:
+    """(multiprocessors, bytes of shared memory a program may have, wgmma)."""
     if device.type != "cuda":
-        return UNITS, SHARED, False, device.type == "meta"
+        return UNITS, SHARED, device.type == "meta"
     t = target(device)
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    return t.units, shared, t.pdl, t.wgmma
+    return t.units, shared, t.wgmma
 
 
 def grouped_gemm_packed(
@@ -225,7 +225,7 @@ def _plan(
             (w_stride[0] // 4, w_stride[1] // 4, s_stride[0], s_stride[1]),
             2 if k < width else int(k % 128 != 0),
         )
-    units, shared, dependent, wgmma = _facts(device)
+    units, shared, wgmma = _facts(device)
     count = shape[0] if len(shape) == 3 else 1
     largest = max(shape[-2] * stride[-2] * count, (blocks * block if to_slots else num_pairs) * n)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
@@ -238,7 +238,7 @@ def _plan(
         served = served and s_stride[1] == rows * 128 // problem.block and s_stride[0] % s_stride[1] == 0
     else:
         whole = tail == 0 and k % 64 == 0 and rows % 16 == 0 and w_stride == (rows * k, k, 1)
-        served = served and whole and w_dtype == torch.bfloat16 and top_k == 0
+        served = served and whole and w_dtype == torch.bfloat16
     served = served and (stride == (k, 1) if top_k == 0 else stride[-2] % 16 == 0)
     if (
         config is not None
@@ -246,7 +246,7 @@ def _plan(
         and not (served and (config.pairs, config.rows) == (block, 192 if small else 128))
     ):
         raise ValueError(
-            "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps, x in slot order) "
+            "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps) "
             "in sorted blocks of 256 pairs, or quantized ones of 192 in blocks of 160, all contiguous and 16-byte aligned, bf16 x, whole K "
             "tiles, gates exactly with an activation and results that are not rounded, on sm_90: give this product another one"
         )
@@ -283,13 +283,13 @@ def _plan(
         c = replace(c, warps=8)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
-    pdl = c.pdl and dependent and (config is not None or (top_k == 1 and tokens < num_pairs))  # GEMM 2 follows GEMM 1
     tiles = -(-strips * 16 // c.rows)
+    lets = route != DENSE.value and starts_early("product", num_pairs, device)
+    live = max(problem.active, num_pairs / c.pairs) * tiles * c.split
+    when = early_options(lets and early(live, k / c.split, units), lets)
     options = {"num_warps": c.warps, "num_stages": c.stages if torch.version.hip is None else 2}
     if c.maxnreg and ptx:
         options["maxnreg"] = _REGISTERS.get(c.maxnreg, c.maxnreg)
-    if pdl:
-        options["launch_pdl"] = True
     sizes = (
         *(experts, n, k, strips, rows, *strides, stride[-2], stride[0] if count > 1 else 0, num_pairs, blocks),
         *(alpha, beta, limit),
@@ -299,14 +299,22 @@ def _plan(
         *(strips * 16 < c.rows, c.mask, count, c.evict, w_gated, w_layout == "interleaved", act, limit != math.inf),
         *(not no_alpha, bias is not None),
         *(not no_weight, FORMATS[round_to].element.name if round_to else "", rule),
-        *(largest >= 2**31, top_k, to_slots, pdl, ptx, wgmma and kind != "" and takes_registers(), INTERPRET),
+        *(
+            largest >= 2**31,
+            top_k,
+            to_slots,
+            when.pop("PDL"),
+            ptx,
+            wgmma and kind != "" and takes_registers(),
+            INTERPRET,
+        ),
     )
     partial = blocks * tiles * c.split * c.pairs * c.rows if c.split > 1 else 0
     return _Plan(
         _grouped_gemm_packed_kernel,
         sizes,
         constants,
-        options,
+        options | when,
         blocks * tiles * c.split,
         partial,
         blocks * tiles if partial else 0,

@@ -65,9 +65,9 @@ def takes_registers() -> bool:
     return version < (12, 9)
 
 
-PDL_PAIRS = {"align": 0, "place": 1 << 31, "combine": 0}
-"""Up to how many pairs a kernel around the GEMMs starts before the one in front of it has ended (NVIDIA, sm_90 and up); a GEMM's
-``Config.pdl`` says it of that.
+PDL_PAIRS = {"align": 8192, "place": 1 << 31, "product": 8192, "rebase_rows": 8192, "combine": 8192}
+"""Up to how many pairs a kernel starts before the one in front of it has ended (NVIDIA, sm_90 and up); of products those that
+``tuning.early`` names too.
 
 Such a kernel waits for the end of the one in front (``gdc_wait``) before it reads what that or anything earlier wrote, and only then
 lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. "place" stands for the
@@ -78,6 +78,11 @@ alignment's last two; the last reads the ids, and nothing else, before it waits:
 def starts_early(kernel: str, pairs: int, device: torch.device) -> bool:
     """Whether that kernel is launched so, by ``PDL_PAIRS``."""
     return pairs <= PDL_PAIRS[kernel] and target(device).pdl
+
+
+def early_options(early: bool, lets: bool = False) -> dict[str, bool]:
+    """A kernel's constants and Triton's options: whether it starts early; lets: whether it lets the next one, where it does not."""
+    return {"PDL": early or lets} | ({"launch_pdl": True} if early else {})
 
 
 Boxes = tuple[tuple[int, Callable[[Any], Any]], ...]

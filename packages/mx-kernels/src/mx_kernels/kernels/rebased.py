@@ -22,12 +22,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..choose import Unsupported
-from ..tuning import Problem
+from ..tuning import Problem, early
 from .bits import e8m0_reciprocal, e8m0_value
 from .dot import drained
 from .finish import activated
 from .grouped_gemm import counters
-from .launch import Address, Launch, takes_registers, target
+from .launch import Address, Launch, early_options, starts_early, takes_registers, target
 from .slots import gather_rows, slots
 
 
@@ -72,10 +72,13 @@ def _store_blocks(out, live, start, v, e, top, K: tl.constexpr, WIDTH: tl.conste
 def _rebase_rows_kernel(
     x, x_scale, out, scale, sorted_ids, num_padded, x_stride, n_pairs, top_k,
     K: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, CODES: tl.constexpr, LISTED: tl.constexpr,
-    GATHER: tl.constexpr,
+    GATHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows. CODES: x is MXFP8 with scale bytes x_scale [M, K / 32]. LISTED: only rows that are slots of a tile list with a pair,
     which are of x's row sorted_ids[r] // top_k where GATHER; otherwise all of n_pairs rows."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if LISTED:
         there, r, live, token = slots(sorted_ids, num_padded, n_pairs, top_k, R)
         if not there:
@@ -154,6 +157,7 @@ def plan_rows(
     return Launch(
         _rebase_rows_kernel, (-(-rows // r),), device, stride, rows if pairs is None else pairs, top_k or 1,
         K=k, R=r, FIRST=first, REST=rest, CODES=coded, LISTED=pairs is not None, GATHER=top_k > 0, num_warps=_warps(first, r),
+        **early_options(pairs is not None and starts_early("rebase_rows", pairs, device)),
     )  # fmt: skip
 
 
@@ -246,11 +250,14 @@ def _grouped_gemm_rebased_kernel(
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     SWAP: tl.constexpr, PROMOTE: tl.constexpr, FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr, SCATTER: tl.constexpr, QUANTIZE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
-    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x, w: descriptors; FP4: w is the pointer to MXFP4's words, BK is 128, and SWAP is set (weights from registers are the left
     operand). SPLIT programs share a tile's K loop; the last of them to arrive adds up, in a fixed order, what each stored in
     partial [tiles, SPLIT, values of a tile], and leaves counter [tiles] at zero."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m_tiles = tl.load(num_padded) // BM
     n_tiles = tl.cdiv(N, BN)
     pid = tl.program_id(0)
@@ -398,12 +405,15 @@ def plan_product(
     split = c.pop("SPLIT", 0) or _split_of(n, k, experts, pairs, bn, bk, device)
     slots = -(-(capacity // block_m) // group) * group * -(-n // bn)
     boxes = [(0, (capacity, k), (block_m, bk)), (1, (experts * n, k), (bn, bk))]  # w too, where it is E4M3
+    live = max(Problem("e4m3", 32, pairs, experts, n, k).active, pairs / block_m) * -(-n // bn) * split
+    lets = starts_early("product", pairs, device)
     run = Launch(
         _grouped_gemm_rebased_kernel, (slots * split,), device, pairs, n, n // 2 if activation else n,
         K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SPLIT=split, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
         DRAIN=wgmma and takes_registers(),
         BIAS=bias is not None, WEIGHTED=weighted, SCATTER=scatter, QUANTIZE=quantize,
         GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,
+        **early_options(lets and early(live, k / split, target(device).units), lets),
         boxes=tuple((at, functools.partial(_descriptor, shape=shape, box=box)) for at, shape, box in boxes[: 1 if fp4 else 2]),
     )  # fmt: skip
     return Product(run, slots * split * block_m * bn if split > 1 else 0, slots if split > 1 else 0)

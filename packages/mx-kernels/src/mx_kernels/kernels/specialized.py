@@ -7,8 +7,7 @@ A program stays on its multiprocessor and draws one tile after another of weight
 product of the step before runs, and store their part of the result while others still multiply (``specialized_tile.py``). Three warps
 load, several steps ahead and on into the next tile (``specialized_load.py``): one draws tiles and sends the copy engine (TMA) for boxes
 of codes and scales, and of x where its rows lie in slot order (TOP_K 0, ``slots.py``); two note a tile's pairs and their weights for
-the epilogue and copy rows of x that lie anywhere, sixteen bytes a thread. Plain weights (KIND "", in slot order only) are multiplied from
-shared memory.
+the epilogue and copy rows of x that lie anywhere, sixteen bytes a thread. Plain weights (KIND "") are multiplied from shared memory.
 
 ``packing.py`` has the layout of the codes; letters as in ``grouped_gemm.py``.
 """

@@ -183,6 +183,13 @@ def test_stages_where_they_were_measured(pairs, experts, n, k, stages):
     assert choose_config(Problem("e4m3", 32, pairs, experts, n, k), 16, 132).stages == stages
 
 
+@pytest.mark.parametrize(("pairs", "k", "step"), [(16, 2048, 128), (32, 14336, 128), (64, 2048, 64), (16, 2880, 64)])
+def test_plain_weights_stream_in_wide_steps(pairs, k, step):
+    """Of 128 columns where K is whole steps; measured on an H100 up to blocks of 32 pairs."""
+    c = choose_config(Problem("", 32, 8 * pairs, 8, 4096, k), pairs)
+    assert (c.pairs, c.step) == (pairs, step)
+
+
 def test_two_programs_fit_a_multiprocessor():
     """228 KiB, and each program takes one KiB more than it asks for."""
     for element, block in (("e2m1", 32), ("e2m1", 16), ("e4m3", 32), ("", 32)):

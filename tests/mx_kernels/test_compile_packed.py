@@ -60,7 +60,7 @@ def compiled(aot, plan, tensors, target: str, **changed):
     types = {torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32"}
     values = (*(types[t.dtype] for t in tensors), *("fp32" if isinstance(s, float) else "i32" for s in plan.sizes))
     signature = dict(zip(names, values))
-    early = target == "sm_90"  # as products of few pairs are launched
+    early = target.startswith("sm_") and int(target[3:]) >= 90  # as products of few pairs are launched
     constants = {**dict(zip(names[len(values) :], plan.constants)), "PDL": early, **changed}
     options = {k: v for k, v in plan.options.items() if not (aot.TARGETS[target].backend == "hip" and k == "maxnreg")}
     if aot.TARGETS[target].backend == "hip":

@@ -237,7 +237,7 @@ def _compiled(block_m, promote, gated, fp4=False, target="sm_90", k=2880, split=
         "K": k, "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SPLIT": split, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
         "PTX": target == "sm_90", "DRAIN": target == "sm_90" and takes_registers(), "BIAS": gated, "WEIGHTED": not gated,
         "SCATTER": not gated, "QUANTIZE": gated, "GATED": gated, "KIND": "swiglu_oai" if gated else "", "ALPHA": 1.702, "BETA": 1.0,
-        "LIMIT": 7.0, "PDL": target == "sm_90",
+        "LIMIT": 7.0, "PDL": target != "sm_89",
     }  # fmt: skip
     return compile_kernel(rebased._grouped_gemm_rebased_kernel, signature, constants, target, **config)
 

@@ -210,6 +210,8 @@ def choose_config(
         rows = 192 if pairs == SMALL else 128
         stage = 128 * pairs + rows * (128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block)
         return Config(pairs, rows, 64, 4, RING // stage, group=group, specialized=True)
+    if p.element == "" and c.step == 128 and shared_bytes(c, p) > shared:
+        c = replace(c, step=64, stages=2 * c.stages)  # more of which fit
     while c.stages > 2 and shared_bytes(c, p) > shared:
         c = replace(c, stages=c.stages - 1)
     if shared_bytes(c, p) > shared and c.rows > 64:

@@ -1,7 +1,7 @@
 """Launching a compiled kernel by the CUDA driver itself, its parameters laid out once.
 
 Triton's launcher takes each of some forty arguments as a Python object every time, and describes matrices for the copy engine (TMA)
-anew: 36 us of the host's time for a product with three of them, of which the driver takes 5 (docs/performance.md). Here only addresses
+anew: 36 us of the host's time for a product with three of them, of which the driver takes 5 (docs/performance-host.md). Here only addresses
 and the stream change from one launch to the next. What a kernel's parameters are follows from Triton's signature of it, and has to be
 what the driver says they are (their number and sizes): otherwise, and for whatever is not known here, there is no ``DriverLaunch``,
 and Triton's launcher goes on, which is logged.

@@ -84,7 +84,7 @@ class Graphs(Cuda):
 
     def cuGraphKernelNodeSetAttribute(self, node, attribute, value):
         self.attributes.append((node.value, attribute, value._obj.number))
-        return 0
+        return self.error("attribute")
 
     def cuGraphInstantiateWithFlags(self, ref, graph, flags):
         assert self.relaxed
@@ -180,10 +180,10 @@ def test_one_for_each_device_stream_and_kind(chain, driver, monkeypatch):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("refuses", ["priority", "create", "node", "edge", "instantiate", "cuGraphLaunch"])
+@pytest.mark.parametrize("refuses", ["priority", "create", "node", "edge", "attribute", "instantiate", "cuGraphLaunch"])
 def test_where_there_is_none(chain, driver, monkeypatch, caplog, refuses):
     """What the driver has not or does not make is logged once, and launches stay as they are."""
-    cuda = Graphs(CODES, refuses)
+    cuda = Graphs(CODES, refuses, priority=-1)
     if refuses == "cuGraphLaunch":
         monkeypatch.delattr(Graphs, refuses)
     runs = launches(driver, monkeypatch, cuda, (False, True))

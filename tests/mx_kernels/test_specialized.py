@@ -287,8 +287,7 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
 def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out, slots):
     """Weights by the copy engine, x too where it lies in slot order, and products from shared memory; one is issued before the one in
     front of it has ended."""
-    plan, tensors = meta_product(kernel, monkeypatch, None, 2048, act, SPECIALIZED, slots=slots, out=out)
-    made = compiled(aot, kernel, plan, tensors)
+    made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, None, 2048, act, SPECIALIZED, slots=slots, out=out))
     assert made.opcodes()["UTMALDG"] == 7 * slots + 3 * 2
     assert (made.opcodes()["LDGSTS"] > 0) == (not slots)
     loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 100]

@@ -146,21 +146,21 @@ def test_split_where_it_was_measured(element, pairs, experts, n, k, split):
 
 
 @pytest.mark.parametrize(
-    ("pairs", "experts", "n", "k", "split", "gains"),
+    ("pairs", "experts", "n", "k", "gains"),
     [  # GEMM 2 on an H100; Mixtral's layers of 64 tokens took a tenth longer with it
-        (8, 128, 2048, 768, 1, True),
-        (32, 128, 2048, 768, 1, True),
-        (64, 128, 2880, 2880, 1, True),
-        (1024, 128, 2880, 2880, 1, True),
-        (2, 8, 4096, 14336, 1, True),
-        (128, 8, 4096, 14336, 1, False),
-        (512, 8, 4096, 14336, 1, False),
+        (8, 128, 2048, 768, True),
+        (32, 128, 2048, 768, True),
+        (64, 128, 2880, 2880, True),
+        (1024, 128, 2880, 2880, True),
+        (2, 8, 4096, 14336, True),
+        (128, 8, 4096, 14336, False),
+        (512, 8, 4096, 14336, False),
     ],
 )
-def test_early_where_it_was_measured(pairs, experts, n, k, split, gains):
+def test_early_where_it_was_measured(pairs, experts, n, k, gains):
     """Not where a multiprocessor gets two long programs and another none or three."""
-    programs = Problem("e2m1", 32, pairs, experts, n, k).active * -(-n // 128) * split
-    assert early(programs, k / split, 132) == early(programs, k / split, 0) == gains
+    programs = Problem("e2m1", 32, pairs, experts, n, k).active * -(-n // 128)
+    assert early(programs, k, 132) == early(programs, k, 0) == gains
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Launching kernels that follow each other on a stream by one call of the CUDA driver: as a graph of them, one behind the other.
 
-The driver takes 5 us of the host's time for each launch, 2 for a graph of nine kernels and 0.7 for each of them whose parameters
+The driver takes 5 us of the host's time for each launch, 2 for a graph of eight kernels and 0.7 for each of them whose parameters
 change (docs/performance-host.md). A node's kernel, grid and parameters can all be replaced before the graph is launched again, so one
 graph serves whatever kernels, as many as it has nodes: there is one for each number of them (and which of them start before the one
 in front has ended), device and stream.

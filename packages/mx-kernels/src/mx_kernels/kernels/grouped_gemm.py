@@ -286,8 +286,9 @@ def _plan(
     tiles = -(-strips * 16 // c.rows)
     lets = route != DENSE.value and starts_early("product", num_pairs, device)
     live = max(problem.active, num_pairs / c.pairs) * tiles * c.split
-    when = early_options(lets and early(live, k / c.split, units), lets)
-    options = {"num_warps": c.warps, "num_stages": c.stages if torch.version.hip is None else 2}
+    options: dict[str, Any] = early_options(lets and early(live, k / c.split, units), lets)
+    pdl = options.pop("PDL")
+    options |= {"num_warps": c.warps, "num_stages": c.stages if torch.version.hip is None else 2}
     if c.maxnreg and ptx:
         options["maxnreg"] = _REGISTERS.get(c.maxnreg, c.maxnreg)
     sizes = (
@@ -299,22 +300,14 @@ def _plan(
         *(strips * 16 < c.rows, c.mask, count, c.evict, w_gated, w_layout == "interleaved", act, limit != math.inf),
         *(not no_alpha, bias is not None),
         *(not no_weight, FORMATS[round_to].element.name if round_to else "", rule),
-        *(
-            largest >= 2**31,
-            top_k,
-            to_slots,
-            when.pop("PDL"),
-            ptx,
-            wgmma and kind != "" and takes_registers(),
-            INTERPRET,
-        ),
+        *(largest >= 2**31, top_k, to_slots, pdl, ptx, wgmma and kind != "" and takes_registers(), INTERPRET),
     )
     partial = blocks * tiles * c.split * c.pairs * c.rows if c.split > 1 else 0
     return _Plan(
         _grouped_gemm_packed_kernel,
         sizes,
         constants,
-        options | when,
+        options,
         blocks * tiles * c.split,
         partial,
         blocks * tiles if partial else 0,

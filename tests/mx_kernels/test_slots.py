@@ -132,7 +132,7 @@ def test_where_a_layer_takes_them(monkeypatch):
 
 
 INTERPRETED = """
-import torch, test_grouped_gemm_packed as t, test_slots, mx_kernels as mk
+import torch, test_kernels_grouped_gemm as t, test_slots, mx_kernels as mk
 from mx_kernels.kernels.slots import gather_rows
 from mx_kernels.packed_gemm import flat_product
 from mx_kernels.kernels.grouped_gemm import grouped_gemm_packed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from mx_kernels.choose import Unsupported
 
+from . import test_moe, test_rebased_moe
 from .test_kernels_driver import (
     CODES,
     META,
@@ -36,6 +38,11 @@ def chain(monkeypatch):
 @pytest.fixture
 def driver(chain):
     return importlib.import_module("mx_kernels.kernels.driver")
+
+
+@pytest.fixture
+def moe(chain):
+    return importlib.import_module("mx_kernels.kernels.moe")
 
 
 class Graphs(Cuda):
@@ -123,11 +130,17 @@ def launches(driver, monkeypatch, cuda, early):
         kernel = compiled(SIGNATURE, [META], launch_pdl=pdl, shared=1000 + i)
         kernel.function = 70 + i
         runs.append(driver.DriverLaunch(kernel, (7, 2, 1 + i), (descriptor(1 << 20), 4096, None, 8192), VALUES))
-    return tuple(runs)
+    return runs
 
 
-def addresses(matrix, a, b):
-    return [matrix, a, None, b]
+def linked(chain, runs):
+    """Each on three addresses of its own, in a list that ends with none."""
+    last = 3 * len(runs)
+    return chain.Links(runs, [(3 * i, 3 * i + 1, last, 3 * i + 2) for i in range(len(runs))], last + 1)
+
+
+def addresses(*given):
+    return [*itertools.chain(*given), None]
 
 
 def node(i, matrix, a, b):
@@ -146,34 +159,70 @@ def test_what_the_driver_is_given(chain, driver, monkeypatch, priority):
     cuda = Graphs(CODES, priority=priority)
     early = (True, False, True)
     runs = launches(driver, monkeypatch, cuda, early)
-    whole = chain.chain(0, 99, runs, early)
+    links = linked(chain, runs)
+    whole = chain.chain(0, 99, links)
     assert cuda.edges == [(1, 2, (0, 0, 0)), (2, 3, (1, 0, 1))]
     assert cuda.attributes == ([(i, 8, priority) for i in (1, 2, 3)] if priority else [])
     assert not cuda.relaxed
-    whole(runs, [addresses(*A), addresses(*B), addresses(*C)])
-    assert cuda.launches.pop() == (6, 99, [node(0, *A), node(1, *B), node(2, *C)])
-    assert cuda.changes == [1, 2, 3]
-    whole(runs, [addresses(*A), addresses(*C), addresses(*C)])
-    assert cuda.launches.pop() == (6, 99, [node(0, *A), node(1, *C), node(2, *C)])
-    assert cuda.changes == [1, 2, 3, 2]
-    # other kernels on the same addresses, one of them twice
-    whole((runs[0], runs[2], runs[2]), [addresses(*A), addresses(*C), addresses(*B)])
-    assert cuda.launches.pop() == (6, 99, [node(0, *A), node(2, *C), node(2, *B)])
+
+    def check(links, *want):
+        """(kernel, its addresses) of each launch"""
+        whole(links, addresses(*(given for _, given in want)))
+        assert cuda.launches.pop() == (6, 99, [node(i, *given) for i, given in want])
+        changes, cuda.changes = cuda.changes, []
+        return changes
+
+    assert check(links, (0, A), (1, B), (2, C)) == [1, 2, 3]
+    assert check(links, (0, A), (1, C), (2, C)) == [2]
+    assert check(links, (0, A), (1, C), (2, C)) == []
+    # other kernels on the same addresses, one of them twice; and back
+    others = linked(chain, [runs[0], runs[2], runs[2]])
+    assert check(others, (0, A), (2, C), (2, B)) == [1, 2, 3]
+    assert check(links, (0, A), (1, C), (2, C)) == [1, 2, 3]
+    # addresses that two kernels share
+    shared = chain.Links(runs, [(0, 1, 7, 2), (3, 1, 7, 4), (5, 2, 7, 6)], 8)
+    for x, changes in ((1, [1, 2, 3]), (2, [1, 2]), (3, [1, 2])):
+        whole(shared, [1 << 20, 16 * x, 32, 1 << 21, 64, 1 << 22, 128, None])
+        want = [node(0, 1 << 20, 16 * x, 32), node(1, 1 << 21, 16 * x, 64), node(2, 1 << 22, 32, 128)]
+        assert cuda.launches.pop() == (6, 99, want)
+        assert cuda.changes == changes
+        cuda.changes = []
     assert not cuda.launches
+
+
+@pytest.mark.compile
+def test_streams_share_links(chain, driver, monkeypatch):
+    """What one stream's graph was given last is not taken for what another's has."""
+    cuda = Graphs(CODES)
+    links = linked(chain, launches(driver, monkeypatch, cuda, (False, False)))
+    first = chain.chain(0, 99, links)
+    cuda.nodes, mine = [], cuda.nodes
+    second = chain.chain(0, 98, links)
+    cuda.nodes, others = mine, cuda.nodes
+    for whole, nodes, stream, given in (
+        (first, mine, 99, (A, B)),
+        (second, others, 98, (C, C)),
+        (first, mine, 99, (A, C)),  # of which the first kernel's are not asked for again, the memory has them
+        (second, others, 98, (A, C)),
+    ):
+        cuda.nodes = nodes
+        whole(links, addresses(*given))
+        assert cuda.launches.pop() == (6, stream, [node(i, *each) for i, each in enumerate(given)])
+    assert cuda.changes == [1, 2, 1, 2, 2, 1]
 
 
 @pytest.mark.compile
 def test_one_for_each_device_stream_and_kind(chain, driver, monkeypatch):
     cuda = Graphs(CODES)
-    runs = launches(driver, monkeypatch, cuda, (False, True))
-    early, late = (False, True), (False, False)
-    first = chain.chain(0, 99, runs, early)
-    assert chain.chain(0, 99, runs[::-1], early) is first
-    others = [chain.chain(1, 99, runs, early), chain.chain(0, 98, runs, early), chain.chain(0, 99, runs, late)]
+    early, late = (linked(chain, launches(driver, monkeypatch, cuda, (False, pdl))) for pdl in (True, False))
+    other = linked(chain, launches(driver, monkeypatch, cuda, (False, True)))
+    first = chain.chain(0, 99, early)
+    assert chain.chain(0, 99, other) is first
+    others = [chain.chain(1, 99, early), chain.chain(0, 98, early), chain.chain(0, 99, late)]
     assert len({id(c) for c in (first, *others)}) == 4
     monkeypatch.setattr(chain, "_CHAINS", 4)
-    assert chain.chain(0, 97, runs, early) is None  # no more are kept
-    assert chain.chain(0, 99, runs, early) is first
+    assert chain.chain(0, 97, early) is None  # no more are kept
+    assert chain.chain(0, 99, early) is first
     chain._chains.clear()
     del first, others
     assert sorted(cuda.destroyed) == [5] * 4 + [6] * 4
@@ -186,41 +235,91 @@ def test_where_there_is_none(chain, driver, monkeypatch, caplog, refuses):
     cuda = Graphs(CODES, refuses, priority=-1)
     if refuses == "cuGraphLaunch":
         monkeypatch.delattr(Graphs, refuses)
-    runs = launches(driver, monkeypatch, cuda, (False, True))
+    links = linked(chain, launches(driver, monkeypatch, cuda, (False, True)))
     with caplog.at_level("INFO"):
-        assert chain.chain(0, 99, runs, (False, True)) is None
-        assert chain.chain(0, 99, runs, (False, True)) is None
+        assert chain.chain(0, 99, links) is None
+        assert chain.chain(0, 99, links) is None
     assert len(caplog.records) == 1
     said = "has no cuGraphLaunch" if refuses == "cuGraphLaunch" else "did not make a graph: out of patience"
     assert f"launched one by one: the CUDA driver {said}" in caplog.text
     assert not cuda.relaxed
     with pytest.raises(Unsupported, match="CUDA driver"):
-        chain.Chain(runs, 99)
+        chain.Chain(links, 99)
 
 
 @pytest.mark.compile
 def test_errors_leave_nothing_half_done(chain, driver, monkeypatch):
     """A node that was not replaced is not taken for what it should have become."""
     cuda = Graphs(CODES)
-    runs = launches(driver, monkeypatch, cuda, (False, False))
-    whole = chain.chain(0, 99, runs, (False, False))
-    whole(runs, [addresses(*A), addresses(*A)])
+    links = linked(chain, launches(driver, monkeypatch, cuda, (False, False)))
+    whole = chain.chain(0, 99, links)
+    whole(links, addresses(A, A))
     cuda.errors = [719]
     with pytest.raises(RuntimeError, match=r"did not launch 2 kernels as a graph: out of patience \(error 719\)"):
-        whole(runs, [addresses(*B), addresses(*B)])
-    whole(runs, [addresses(*B), addresses(*A)])
+        whole(links, addresses(B, B))
+    whole(links, addresses(B, A))
     assert cuda.launches.pop() == (6, 99, [node(0, *B), node(1, *A)])
     cuda.errors = [4]
     with pytest.raises(RuntimeError, match="error 4"):
-        whole(runs, [addresses(*B), addresses(*A)])
+        whole(links, addresses(B, A))
+
+
+class Kernels(Graphs):
+    """Kernels of so many addresses each, by their functions: 70, 71, ..."""
+
+    def __init__(self, counts):
+        super().__init__([])
+        self.counts = counts
+
+    def cuFuncGetParamInfo(self, function, *rest):
+        self.codes = ["P"] * (self.counts[function.value - 70] + 2)
+        return super().cuFuncGetParamInfo(function, *rest)
+
+    def params(self, ref):
+        self.codes = ["P"] * (self.counts[ref._obj.function - 70] + 2)
+        return super().params(ref)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+@pytest.mark.parametrize("kind", ["mxfp4", "rebased"])
+def test_a_layer_as_a_graph_has_the_addresses_of_its_launches(chain, moe, driver, monkeypatch, kind, tokens):
+    """Two layers in turns, which share a plan: each node has what its launch by itself is given, the layer's own tensors among them."""
+    make = test_rebased_moe if kind == "rebased" else test_moe
+    layers = [make.make_layer() if kind == "rebased" else make.make_layer(kind) for _ in range(2)]
+    given = test_moe.make_input(tokens)
+    test_moe.Ledger(monkeypatch)
+    monkeypatch.setattr(moe, "_plans", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    make.steps(layers[0], *given, *((True,) if kind == "rebased" else ()))
+    assert layers[0].launch(*given) is not None
+    (plan,) = moe._plans.values()
+    cuda = Kernels([len(places) for _, places in plan.launches])
+    monkeypatch.setattr(driver, "_cuda", lambda: cuda)
+    monkeypatch.setattr(chain, "_cuda", lambda: cuda)
+    for i, (run, places) in enumerate(plan.launches):
+        kernel = compiled(["*u8"] * len(places))
+        kernel.function = 70 + i
+        monkeypatch.setattr(run, "by_driver", driver.DriverLaunch(kernel, run.grid, places, ()))
+    moe._plans.clear()
+    seen = []
+
+    def watched(*key):
+        whole = chain.chain(*key)
+        return lambda links, addresses: (seen.append(addresses), whole(links, addresses))
+
+    monkeypatch.setattr(moe, "chain", watched)
+    for layer in (*layers, *layers):
+        out = layer.launch(*given)
+        *_, nodes = cuda.launches.pop()
+        addresses = seen.pop()
+        want = [[addresses[i] or 0 for i in places] for _, places in plan.launches]
+        assert [numbers[:-2] for *_, numbers in nodes] == want
+        assert {t.data_ptr() for t in layer.tensors.values()} <= {*itertools.chain(*want)}
+        assert out.data_ptr() in want[-1]
 
 
 # --- on a GPU ---
-
-
-@pytest.fixture
-def moe(chain):
-    return importlib.import_module("mx_kernels.kernels.moe")
 
 
 def one_by_one(moe, monkeypatch, layer, given):

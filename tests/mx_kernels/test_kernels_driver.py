@@ -29,10 +29,13 @@ def driver():
 
 
 class Cuda:
-    """Stands in for the driver's library: a kernel with parameters of such sizes, what it was launched with, and what of its maps."""
+    """Stands in for the driver's library: a kernel with parameters of such sizes, what it was launched with, and what of its maps.
+
+    A map's bytes are a number: of its description among those that were asked for.
+    """
 
     def __init__(self, codes):
-        self.codes, self.launches, self.maps, self.errors = codes, [], {}, []
+        self.codes, self.launches, self.maps, self.errors = codes, [], [], []
 
     def cuFuncGetParamInfo(self, function, i, offset, size):
         if i.value < len(self.codes):
@@ -40,13 +43,24 @@ class Cuda:
         return 0 if i.value < len(self.codes) else 1
 
     def cuTensorMapEncodeTiled(self, place, kind, rank, address, sizes, strides, box, ones, *rest):
-        assert place.value % 64 == 0
-        self.maps[place.value] = (kind, rank, address.value, [*sizes], strides[: rank - 1], [*box], [*ones], rest)
+        self.write(place, (kind, rank, address.value, [*sizes], strides[: rank - 1], [*box], [*ones], rest))
         return 0
 
     def cuTensorMapReplaceAddress(self, place, address):
-        self.maps[place.value] = (*self.maps[place.value][:2], address.value, *self.maps[place.value][3:])
+        held = self.map_at(place.value)
+        self.write(place, (*held[:2], address.value, *held[3:]))
         return 0
+
+    def write(self, place, made):
+        assert place.value % 64 == 0
+        ctypes.memmove(place, struct.pack("128s", b"map" + bytes([len(self.maps)])), 128)
+        self.maps.append(made)
+
+    def map_at(self, at):
+        assert at % 64 == 0
+        name, number, rest = struct.unpack("3sB124s", ctypes.string_at(at, 128))
+        assert (name, rest) == (b"map", bytes(124))
+        return self.maps[number]
 
     def cuLaunchKernelEx(self, ref, function, params, extra):
         if self.errors:
@@ -54,7 +68,7 @@ class Cuda:
         given = []
         for code, at in zip(self.codes, params, strict=True):
             if code == "128s":
-                given.append(self.maps[at])
+                given.append(self.map_at(at))
             else:
                 given.append(struct.unpack(code, ctypes.string_at(at, struct.calcsize(code)))[0])
         c = ref._obj
@@ -119,7 +133,7 @@ def test_what_the_driver_is_given(driver, monkeypatch, early):
         given = [n if code != "P" else n or 0 for code, n in zip(CODES, given, strict=True)]
         want = (77, [7, 2, 1], [128, 1, 1], 1000, stream or None, attribute, given)
         assert cuda.launches.pop() == want
-    assert len(cuda.maps) == 1
+    assert len(cuda.maps) == 2  # the other address comes twice
 
 
 @pytest.mark.compile

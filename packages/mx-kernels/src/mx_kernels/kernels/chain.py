@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
+import operator
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from ..choose import Unsupported
-from .driver import DriverLaunch, _cuda, asked
+from .driver import Bound, DriverLaunch, _cuda, again, asked
 
 _log = logging.getLogger(__name__)
 _NAMES = (
@@ -40,30 +42,46 @@ class _Value(ctypes.Structure):
     _fields_ = (("number", ctypes.c_int), ("rest", ctypes.c_char * 60))
 
 
+class Links:
+    """Launches that follow each other, whose addresses are in one list of ``count``.
+
+    places: of each launch's arguments in that list. The addresses are written once for all of them, where the driver reads them.
+    """
+
+    def __init__(self, runs: Sequence[DriverLaunch], places: Sequence[Sequence[int]], count: int) -> None:
+        self.early = tuple(run.early for run in runs)
+        self.lock = threading.Lock()  # what the driver reads is changed for each launch
+        self.given = (ctypes.c_void_p * count)()
+        self.bound = [Bound(run, self.given, where) for run, where in zip(runs, places, strict=True)]
+        self.described = [bound for bound in self.bound if bound.maps]
+        self.bits = [1 << i for i in range(count)]  # one for each address
+        self.reads = [functools.reduce(operator.or_, (self.bits[i] for i in where), 0) for where in places]
+
+
 class Chain:
     """A graph of launches, one behind the other, for one stream. Raises Unsupported, which says why, where there is none.
 
-    runs: the launches that it begins with; others of the same number, of which the same start early, may take their places.
+    links: the launches that it begins with; others of the same number, of which the same start early, may take their places.
     """
 
-    def __init__(self, runs: Sequence[DriverLaunch], stream: int) -> None:
+    def __init__(self, links: Links, stream: int) -> None:
         cuda = _cuda()
         missing = [name for name in _NAMES if not hasattr(cuda, name)]
         if cuda is None or missing:
             raise Unsupported(f"the CUDA driver has no {missing[0]}")
         self.cuda, self.stream, self.lock = cuda, ctypes.c_void_p(stream), threading.Lock()
-        self.what = f"launch {len(runs)} kernels as a graph"
+        self.what = f"launch {len(links.bound)} kernels as a graph"
         self.graph, self.launched = ctypes.c_void_p(), ctypes.c_void_p()
         self.nodes: list[ctypes.c_void_p] = []
-        self.held: list[Any] = [None] * len(runs)  # (what a node launches, on which addresses)
+        self.held: tuple[Links | None, Sequence[int | None]] = None, ()  # what the nodes launch, on which addresses
         mode, priority = ctypes.c_int(_RELAXED), ctypes.c_int()
         exchange = functools.partial(cuda.cuThreadExchangeStreamCaptureMode, ctypes.byref(mode))
         self._make(exchange)
         try:
             self._make(cuda.cuStreamGetPriority, self.stream, ctypes.byref(priority))
             self._make(cuda.cuGraphCreate, ctypes.byref(self.graph), 0)
-            for run in runs:
-                self._add(run, priority.value)
+            for bound in links.bound:
+                self._add(bound, priority.value)
             self._make(cuda.cuGraphInstantiateWithFlags, ctypes.byref(self.launched), self.graph, ctypes.c_ulonglong(0))
         finally:
             exchange()
@@ -81,45 +99,50 @@ class Chain:
         except RuntimeError as error:
             raise Unsupported(str(error)) from error
 
-    def _add(self, run: DriverLaunch, priority: int) -> None:
+    def _add(self, bound: Bound, priority: int) -> None:
         """One node more, behind the last."""
         node = ctypes.c_void_p()
-        with run.lock:
-            none = ctypes.c_size_t(0)
-            self._make(self.cuda.cuGraphAddKernelNode_v2, ctypes.byref(node), self.graph, None, none, run.node)
+        ask = self.cuda.cuGraphAddKernelNode_v2
+        self._make(ask, ctypes.byref(node), self.graph, None, ctypes.c_size_t(0), bound.node)
         if self.nodes:
-            edge = _Edge(1, 0, 1) if run.early else _Edge()
+            edge = _Edge(1, 0, 1) if bound.run.early else _Edge()
             pair = ctypes.byref(self.nodes[-1]), ctypes.byref(node)
             self._make(self.cuda.cuGraphAddDependencies_v2, self.graph, *pair, ctypes.byref(edge), ctypes.c_size_t(1))
         if priority:
             self._make(self.cuda.cuGraphKernelNodeSetAttribute, node, _PRIORITY, ctypes.byref(_Value(priority)))
         self.nodes.append(node)
 
-    def __call__(self, runs: Sequence[DriverLaunch], given: Sequence[Sequence[int | None]]) -> None:
-        """Launch them all, each on its addresses, which are aligned to 16 bytes."""
-        cuda, held, change = self.cuda, self.held, self.cuda.cuGraphExecKernelNodeSetParams_v2
+    def __call__(self, links: Links, addresses: Sequence[int | None]) -> None:
+        """Launch them all on those addresses, which are aligned to 16 bytes."""
+        change, launch = self.cuda.cuGraphExecKernelNodeSetParams_v2, self.cuda.cuGraphLaunch
         with self.lock:
-            for i, new in enumerate(zip(runs, given, strict=True)):
-                if new != held[i]:
-                    held[i] = None  # until it has been replaced
-                    run, addresses = new
-                    with run.lock:
-                        run.place(addresses)
-                        asked(cuda, self.what, change, self.launched, self.nodes[i], run.node)
-                    held[i] = new
-            asked(cuda, self.what, cuda.cuGraphLaunch, self.launched, self.stream)
+            (before, old), self.held = self.held, (None, ())  # until all nodes have been replaced
+            differ = -1
+            if before is links:
+                differ = sum(itertools.compress(links.bits, map(operator.ne, addresses, old)))
+            if differ:
+                with links.lock:
+                    links.given[:] = addresses
+                    for bound in links.described:
+                        bound.follow(addresses)
+                    for node, bound, reads in zip(self.nodes, links.bound, links.reads):
+                        if reads & differ and (error := change(self.launched, node, bound.node)):
+                            again(self.cuda, self.what, error, change, self.launched, node, bound.node)
+            self.held = links, addresses
+            if error := launch(self.launched, self.stream):
+                again(self.cuda, self.what, error, launch, self.launched, self.stream)
 
 
 _CHAINS = 64  # that are kept: each takes some 100 KB of the device's memory
 _chains: dict[tuple[object, ...], Chain | None] = {}
 
 
-def chain(device: int | None, stream: int, runs: tuple[DriverLaunch, ...], early: tuple[bool, ...]) -> Chain | None:
-    """The chain for such launches, of which those start early, or None: then each is launched by itself."""
-    key = (device, stream, early)
+def chain(device: int | None, stream: int, links: Links) -> Chain | None:
+    """The chain for such launches, or None: then each is launched by itself."""
+    key = (device, stream, links.early)
     if key not in _chains and len(_chains) < _CHAINS:
         try:
-            _chains[key] = Chain(runs, stream)
+            _chains[key] = Chain(links, stream)
         except Unsupported as reason:
             _log.info("kernels are launched one by one: %s", reason)
             _chains[key] = None

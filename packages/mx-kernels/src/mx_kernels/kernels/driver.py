@@ -69,7 +69,12 @@ def _cuda() -> ctypes.CDLL | None:
 
 def asked(cuda: ctypes.CDLL, what: str, ask: Callable[..., int], *args: Any) -> None:
     """Call the driver, which then is to have done ``what``: RuntimeError, with what it says, where it has not."""
-    error = ask(*args)
+    if error := ask(*args):
+        again(cuda, what, error, ask, *args)
+
+
+def again(cuda: ctypes.CDLL, what: str, error: int, ask: Callable[..., int], *args: Any) -> None:
+    """After a call that gave ``error``: once more with a context, if it is that which the thread lacked; else raise."""
     if error == _NO_CONTEXT:
         torch.cuda.mem_get_info()  # whatever needs a context makes the device's the thread's
         error = ask(*args)
@@ -150,35 +155,37 @@ class DriverLaunch:
         self.config = _Config((*grid,), block, about.shared, None, attribute, int(self.early))
         self.ref = ctypes.byref(self.config)
 
-        maps = codes.count(MAP)  # first in memory, then addresses, then numbers
-        self.memory = ctypes.create_string_buffer(64 + 128 * maps + 8 * len(codes))
-        begin = -(-ctypes.addressof(self.memory) // 64) * 64
-        places = [i for i, kind in enumerate(kinds) if kind == [ADDRESS]]  # of arguments that are addresses
-        self.pick = None if places == [*range(len(args))] else picker(places)
-        self.addresses = (ctypes.c_void_p * len(places)).from_address(begin + 128 * maps)
-        self.maps: list[list[Any]] = []  # (a map, its argument's place, the address that it has)
-        number, at = begin + 128 * maps + 8 * len(places), []
+        # of each parameter where it is, None for addresses; which parameters are addresses, and of which arguments
+        self.at: list[int | None] = []
+        self.addresses: list[tuple[int, int]] = []
+        self.maps: list[tuple[int, int, bytes, int]] = []  # (parameter, argument, a map for such matrices, its address)
+        self.numbers = ctypes.create_string_buffer(8 * len(codes))
         metas = iter(getattr(about, "tensordesc_meta", None) or ())
         for i, (kind, given) in enumerate(zip(kinds, (*args, *values), strict=True)):
             if kind == [ADDRESS]:
-                at.append(begin + 128 * maps + 8 * places.index(i))
+                self.addresses.append((len(self.at), i))
+                self.at.append(None)
             elif kind and kind[0] == MAP:
-                place = begin + 128 * len(self.maps)
-                self._describe(place, given, next(metas, {}))
-                self.maps.append([ctypes.c_void_p(place), i, given.base.data_ptr()])
-                at.append(place)
+                self.maps.append((len(self.at), i, self._describe(given, next(metas, {})), given.base.data_ptr()))
+                self.at.append(None)
                 for code, n in zip(kind[1:], (*given.shape, *given.strides), strict=True):
-                    number = _put(number, code, n, at)
+                    self._number(code, n)
             elif kind:
-                number = _put(number, kind[0], given, at)
+                self._number(kind[0], given)
         for code in SCRATCH:
-            number = _put(number, code, 0, at)
-        self.params = (ctypes.c_void_p * len(at))(*at)
-        node = _Node(compiled.function, (*grid,), block, about.shared, ctypes.addressof(self.params), None, None, None)
-        self.node = ctypes.byref(node)
+            self._number(code, 0)
+        tensors = sorted(i for _, i, *_ in (*self.addresses, *self.maps))
+        self.pick = None if tensors == [*range(len(args))] else picker(tensors)  # from arguments
+        self.given = (ctypes.c_void_p * len(tensors))()
+        self.own = Bound(self, self.given, {i: place for place, i in enumerate(tensors)})
 
-    def _describe(self, place: int, matrix: Any, meta: Mapping[str, Any]) -> None:
-        """Write the map of a descriptor of Triton's, as its compiler lays the matrix out in shared memory."""
+    def _number(self, code: str, n: float) -> None:
+        place = 8 * len(self.at)
+        struct.pack_into(code, self.numbers, place, n)
+        self.at.append(ctypes.addressof(self.numbers) + place)
+
+    def _describe(self, matrix: Any, meta: Mapping[str, Any]) -> bytes:
+        """The map of a descriptor of Triton's, as its compiler lays the matrix out in shared memory."""
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
         odd = meta.get("fp4_padded") or meta.get("is_im2col") or getattr(matrix, "round_f32_to_tf32", False)
@@ -186,6 +193,7 @@ class DriverLaunch:
             raise Unsupported("a descriptor for the copy engine is of a kind that is not known here")
         rank, size = len(matrix.shape), meta["elem_size"]
         numbers = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
+        _memory, place = _room(1)
         error = self.cuda.cuTensorMapEncodeTiled(
             ctypes.c_void_p(place), TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], rank, ctypes.c_void_p(matrix.base.data_ptr()),
             numbers[0](*reversed(matrix.shape)), numbers[0](*(size * n for n in reversed(matrix.strides[:-1]))),
@@ -194,27 +202,53 @@ class DriverLaunch:
         )  # fmt: skip
         if error:
             raise Unsupported(f"the driver does not take a descriptor (error {error})")
-
-    def place(self, given: Sequence[int | None]) -> None:
-        """Lay out addresses, aligned to 16 bytes; whoever does so holds ``lock`` until the driver has read them."""
-        self.addresses[:] = given if self.pick is None else self.pick(given)
-        for held in self.maps:
-            if given[held[1]] != held[2]:
-                address = ctypes.c_void_p(given[held[1]])
-                asked(self.cuda, self.what, self.cuda.cuTensorMapReplaceAddress, held[0], address)
-                held[2] = given[held[1]]
+        return ctypes.string_at(place, 128)
 
     def __call__(self, stream: int, given: Sequence[int | None]) -> None:
         """Launch on addresses that are aligned to 16 bytes."""
+        if self.pick is not None:
+            given = self.pick(given)
         with self.lock:
-            self.place(given)
+            self.given[:] = given
+            self.own.follow(given)
             self.config.stream = stream
-            asked(self.cuda, self.what, self.cuda.cuLaunchKernelEx, self.ref, self.function, self.params, None)
+            asked(self.cuda, self.what, self.cuda.cuLaunchKernelEx, self.ref, self.function, self.own.params, None)
 
 
-def _put(place: int, code: str, n: float, at: list[int]) -> int:
-    """Write a number, and note its place; the place behind."""
-    written = struct.pack(code, n)
-    ctypes.memmove(place, written, len(written))
-    at.append(place)
-    return place + 8
+class Bound:
+    """A launch's parameters that take their addresses from a list, as the driver reads them.
+
+    given: the list's memory; places: where the launch's arguments are in it, by their places among all arguments.
+    """
+
+    def __init__(
+        self, run: DriverLaunch, given: ctypes.Array[ctypes.c_void_p], places: Sequence[int] | Mapping[int, int]
+    ) -> None:
+        self.run, self.given = run, given
+        self.memory, begin = _room(len(run.maps))
+        self.maps: list[list[Any]] = []  # (a map, the place of its address, the address that it has)
+        at = [*run.at]
+        for i, argument in run.addresses:
+            at[i] = ctypes.addressof(given) + 8 * places[argument]
+        for n, (i, argument, made, address) in enumerate(run.maps):
+            at[i] = begin + 128 * n
+            ctypes.memmove(begin + 128 * n, made, 128)
+            self.maps.append([ctypes.c_void_p(at[i]), places[argument], address])
+        self.params = (ctypes.c_void_p * len(at))(*at)
+        c = run.config
+        params = ctypes.addressof(self.params)
+        self.node = ctypes.byref(_Node(run.function.value, c.grid, c.block, c.shared, params, None, None, None))
+
+    def follow(self, given: Sequence[int | None]) -> None:
+        """Move maps to the addresses of a list, which has been written."""
+        for held in self.maps:
+            if given[held[1]] != held[2]:
+                address = ctypes.c_void_p(given[held[1]])
+                asked(self.run.cuda, self.run.what, self.run.cuda.cuTensorMapReplaceAddress, held[0], address)
+                held[2] = given[held[1]]
+
+
+def _room(maps: int) -> tuple[object, int]:
+    """Memory for maps, which are aligned to 64 bytes, and the first one's address."""
+    memory = ctypes.create_string_buffer(64 + 128 * maps)
+    return memory, -(-ctypes.addressof(memory) // 64) * 64

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from ..grouped_gemm import block_size
 from ..packed_gemm import flat_product
 from ..slots import layer_slots
 from . import align, combine, grouped_gemm, slots
-from .chain import chain
-from .driver import DriverLaunch, picker
+from .chain import Links, chain
 from .launch import Launch, current_stream, ready
 
 if TYPE_CHECKING:
@@ -41,25 +40,25 @@ Named = tuple[Launch, tuple[str, ...]]
 class Plan:
     """What a call of the layer does.
 
-    launches: each with what picks its tensors from the list of addresses, which has GIVEN, the layer's tensors, the workspace's parts
-    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None. size: of the workspace, in bytes.
+    launches: each with the places of its tensors in the list of addresses, which has GIVEN, the layer's tensors, the workspace's parts
+    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None: ``addresses`` in all. size: of the
+    workspace, in bytes.
     """
 
-    launches: tuple[tuple[Launch, Callable[[Sequence[Any]], Sequence[Any]]], ...]
+    launches: tuple[tuple[Launch, tuple[int, ...]], ...]
     offsets: tuple[int, ...]
     size: int
     counters: int
+    addresses: int
 
     @functools.cached_property
-    def by_driver(self) -> tuple[DriverLaunch, ...]:
-        """The launches, where the driver makes all of them; else none. To be asked when they have been compiled."""
+    def links(self) -> Links | None:
+        """The launches, if the driver makes all of them. To be asked when they have been compiled."""
         runs = [run.by_driver for run, _ in self.launches]
-        return tuple(run for run in runs if run is not None) if None not in runs else ()
-
-    @functools.cached_property
-    def early(self) -> tuple[bool, ...]:
-        """Which of them start before the one in front has ended."""
-        return tuple(run.early for run in self.by_driver)
+        known = [run for run in runs if run is not None]
+        return (
+            Links(known, [places for _, places in self.launches], self.addresses) if len(known) == len(runs) else None
+        )
 
 
 _PLANS = 4096  # that are remembered
@@ -95,26 +94,29 @@ def launch(
     base = work.data_ptr()
     addresses += [base + offset for offset in plan.offsets]
     addresses += [grouped_gemm.counters(device, plan.counters).data_ptr() if plan.counters else None, None]
-    stream, whole = current_stream(device), None
-    if plan.by_driver and not torch.cuda.is_current_stream_capturing():
-        whole = chain(device.index, stream, plan.by_driver, plan.early)
+    stream, links, whole = current_stream(device), plan.links, None
+    if links is not None and not torch.cuda.is_current_stream_capturing():
+        whole = chain(device.index, stream, links)
     if whole is not None:
-        whole(plan.by_driver, [pick(addresses) for _, pick in plan.launches])
+        whole(links, addresses)
     else:
-        for run, pick in plan.launches:
-            run.run(stream, pick(addresses))
+        for run, places in plan.launches:
+            run.run(stream, [addresses[i] for i in places])
     return out
 
 
 def plan_of(layer: PackedLayer | RebasedLayer, launches: list[Named], parts: dict[str, int], counters: int) -> Plan:
     """Launches with the names of their tensors, and the bytes of the workspace's parts, as a plan; a name that is nowhere is None."""
     ends = [*itertools.accumulate(-(-size // 256) * 256 for size in parts.values())]
-    place = {name: i for i, name in enumerate((*GIVEN, *layer.tensors, *parts, "counters"))}
+    names = (*GIVEN, *layer.tensors, *parts, "counters", "")
+    place = {name: i for i, name in enumerate(names)}
+    nowhere = len(names) - 1
     return Plan(
-        tuple((run, picker([place.get(name, -1) for name in names])) for run, names in launches),
+        tuple((run, tuple(place.get(name, nowhere) for name in listed)) for run, listed in launches),
         (0, *ends[:-1]),
         ends[-1],
         counters,
+        len(names),
     )
 
 

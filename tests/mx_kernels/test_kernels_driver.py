@@ -36,11 +36,20 @@ class Cuda:
 
     def __init__(self, codes):
         self.codes, self.launches, self.maps, self.errors = codes, [], [], []
+        self.room = 0
 
     def cuFuncGetParamInfo(self, function, i, offset, size):
         if i.value < len(self.codes):
             size._obj.value = struct.calcsize(self.codes[i.value])
         return 0 if i.value < len(self.codes) else 1
+
+    def cuFuncGetAttribute(self, most, attribute, function):
+        most._obj.value = self.room
+        return 0 if attribute == 8 else 1
+
+    def cuFuncSetAttribute(self, function, attribute, room):
+        self.room = room
+        return 0 if attribute == 8 else 1
 
     def cuTensorMapEncodeTiled(self, place, kind, rank, address, sizes, strides, box, ones, *rest):
         self.write(place, (kind, rank, address.value, [*sizes], strides[: rank - 1], [*box], [*ones], rest))
@@ -134,6 +143,19 @@ def test_what_the_driver_is_given(driver, monkeypatch, early):
         want = (77, [7, 2, 1], [128, 1, 1], 1000, stream or None, attribute, given)
         assert cuda.launches.pop() == want
     assert len(cuda.maps) == 2  # the other address comes twice
+
+
+@pytest.mark.compile
+def test_room_in_shared_memory(driver, monkeypatch):
+    """What a program gets, and may get, of all launches of a kernel the most."""
+    cuda = Cuda(CODES)
+    monkeypatch.setattr(driver, "_cuda", lambda: cuda)
+    args = (descriptor(1 << 20), 4096, None, 8192)
+    for room, gets, most in ((0, 1000, 0), (900, 1000, 0), (5000, 5000, 5000), (3000, 3000, 5000)):
+        run = driver.DriverLaunch(compiled(SIGNATURE, [META]), (7, 2, 1), args, VALUES, room)
+        run(0, [1 << 20, 4096, None, 8192])
+        assert cuda.launches.pop()[3] == gets
+        assert cuda.room == most
 
 
 @pytest.mark.compile

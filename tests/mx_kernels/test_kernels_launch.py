@@ -1,11 +1,16 @@
-"""Which kernels of a layer start before the one in front of them has ended, and that the one in front lets them."""
+"""Which kernels of a layer start before the one in front of them has ended, that the one in front lets them, and which ask for weights
+meanwhile; launches of one kernel with several numbers."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import mx_kernels as mk
 
 from . import test_moe, test_rebased_moe
 from .test_moe import Ledger
@@ -44,11 +49,79 @@ def lets(run):
     return dict(zip(names[len(names) - len(run.values) :], run.values, strict=True)).get("PDL")
 
 
+def number(run, name):
+    names = run.kernel.arg_names
+    return dict(zip(names[len(names) - len(run.values) :], run.values, strict=True))[name]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("tokens", [1, 40, 300, 2049])
+@pytest.mark.parametrize("kind", ["mxfp4", "bf16", "rebased", "rebased_mxfp8"])
+def test_who_asks_for_weights(kernels, monkeypatch, kind, tokens):
+    """A layer's GEMM 2, and re-based products, which do not follow the alignment; none of MXFP4, none of the steps one by one."""
+    rebased = kind.startswith("rebased")
+    make = test_rebased_moe if rebased else test_moe
+    layer = make.make_layer(mk.MXFP8 if kind == "rebased_mxfp8" else mk.MXFP4) if rebased else make.make_layer(kind)
+    ledger = Ledger(monkeypatch)
+    launch = kernels["launch"]
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target(True, True, 132, pdl=True))
+    given = test_moe.make_input(tokens)
+    make.steps(layer, *given, *((True,) if rebased else ()))
+    alone = [number(run, "ahead") for run, _ in ledger.take() if "grouped_gemm" in run.kernel.__name__]
+    assert layer.launch(*given) is not None
+    one, two = (number(run, "ahead") for run, _ in ledger.take() if "grouped_gemm" in run.kernel.__name__)
+    few = tokens <= 2048
+    assert alone == [0, 0]
+    assert (one, two) == (few and kind == "rebased_mxfp8", few and kind != "rebased")
+
+
+@pytest.mark.compile
+def test_launches_of_one_kernel(kernels, monkeypatch):
+    """They are compiled together, whichever was made first; each has its numbers."""
+    launch, taken = kernels["launch"], []
+    kernel = SimpleNamespace(arg_names=["x", "n", "ahead", "BLOCK"])
+    monkeypatch.setattr(
+        launch, "DriverLaunch", lambda made, grid, given, values, room: taken.append((given, values, room))
+    )
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target(True, True, 132, shared=233472))
+    run = launch.Launch(kernel, (7,), torch.device("cpu"), 5, 0, BLOCK=16, most=2)
+    first = run.having(ahead=1)
+    assert (run.values, first.values) == ((5, 0, 16), (5, 1, 16))
+    for each in (run, *run.others):
+        each._take("kernel", [512])
+    second = first.having(n=6)
+    assert (second.compiled, second.values) == ("kernel", (6, 1, 16))
+    assert [values for _, values, _ in taken] == [run.values, first.values, second.values]
+    assert {(*given, room) for given, _, room in taken} == {(512, launch.apart(run.device, 2))}
+    with pytest.raises(AssertionError):
+        run.having(x=1)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("shared", [233472, 102400])
+def test_apart(kernels, monkeypatch, shared):
+    """So many programs fit a multiprocessor, and no more."""
+    launch = kernels["launch"]
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target(True, True, 132, shared=shared))
+    for most in (1, 2, 3, 4):
+        each = launch.apart(torch.device("cpu"), most) + 1024
+        assert shared // each == most
+    assert launch.apart(torch.device("cpu"), 0) == 0
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target(False, False, 132))
+    assert launch.apart(torch.device("cpu"), 2) == 0
+
+
+@pytest.mark.gpu
+def test_shared_memory_of_a_multiprocessor(kernels):
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert kernels["launch"].target(torch.device("cuda", 0)).shared == 228 << 10
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("tokens", [1, 5, 40, 300, 2048, 2049])
 @pytest.mark.parametrize("kind", ["mxfp4", "bf16", "rebased"])
 def test_who_starts_early_and_who_lets_it(kernels, monkeypatch, kind, tokens):
-    """All kernels of a few pairs, but for products that would be placed badly; of many the alignment's last two."""
+    """All kernels of a few pairs, but for products whose programs are few and uneven; of many the alignment's last two."""
     make = test_rebased_moe if kind == "rebased" else test_moe
     layer = make.make_layer() if kind == "rebased" else make.make_layer(kind)
     ledger = Ledger(monkeypatch)

@@ -229,9 +229,9 @@ def _compiled(block_m, promote, gated, fp4=False, target="sm_90", k=2880, split=
     bn = config.pop("BN")
     signature = {
         "x": f"tensordesc<fp8e4nv[{block_m},128]>", "w": "*i32" if fp4 else f"tensordesc<fp8e4nv[{bn},128]>",
-        "octaves": "*u8" if fp4 else "*bf16", "x_scale": "*fp32", "w_scale": "*fp32", "y": "*fp8e4nv" if gated else "*bf16",
+        "octaves": "*u8", "x_scale": "*fp32", "w_scale": "*fp32", "y": "*fp8e4nv" if gated else "*bf16",
         "y_scale": "*u8", "sorted_ids": "*i32", "expert_ids": "*i32", "num_padded": "*i32", "bias": "*bf16", "row_weight": "*fp32",
-        "partial": "*fp32", "counter": "*i32", "n_pairs": "i32", "N": "i32", "N_OUT": "i32",
+        "partial": "*fp32", "counter": "*i32", "n_pairs": "i32", "N": "i32", "N_OUT": "i32", "ahead": "i32",
     }  # fmt: skip
     constants = {
         "K": k, "BM": block_m, "BN": bn, "BK": 128, "GROUP": 8, "SPLIT": split, "SWAP": config.pop("SWAP"), "PROMOTE": promote, "FP4": fp4,
@@ -253,6 +253,7 @@ def test_compiles_to_fp8_wgmma(fp4, block_m, promote, gated):
     in some twelve operations, and promoted sums are added there (always in blocks of fewer than 64 pairs)."""
     compiled = _compiled(block_m, promote, gated, fp4)
     assert compiled.opcodes()["QGMMA"] > 0
+    assert ("cp.async.bulk.prefetch.L2" in compiled.asm) == (not fp4)
     assert "C7510" not in compiled.log
     assert "C7515" not in compiled.log
     assert compiled.spills == 0

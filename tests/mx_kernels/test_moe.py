@@ -87,10 +87,12 @@ class Ledger:
         monkeypatch.setattr(kernel, "ready", lambda device: True)
         monkeypatch.setattr(kernel, "current_stream", lambda device: 0)
         monkeypatch.setattr(launch.Launch, "__call__", lambda run, *tensors: self.step(run, tensors))
+        monkeypatch.setattr(launch.Launch, "_take", lambda run, made, given: setattr(run, "compiled", made))
         monkeypatch.setattr(launch.Launch, "run", lambda run, stream, places: self.record(run, places))
 
     def step(self, run, tensors):
-        run.compiled = run
+        for each in (run, *run.others):
+            each._take(each, tensors)
         self.record(run, tensors)
 
     def record(self, run, given):
@@ -252,6 +254,21 @@ def test_same_bits_in_slot_order(name, tokens):
         got = layer.launch(x, ids, weights)
         assert got is not None
         assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3", "bf16"])
+def test_no_pair_here(name):
+    """Programs without work leave before the kernel in front has ended: layers without a pair, and others, in turns."""
+    layer = make_layer(name, mapped=True, device="cuda")
+    for tokens in (1, 7, 64, 300):
+        x, ids, weights = make_input(tokens, "cuda")
+        want = steps(layer, x, ids, weights)
+        elsewhere = ids | 1  # of odd numbers none is here
+        got = [(layer.launch(x, elsewhere, weights), layer.launch(x, ids, weights)) for _ in range(50)]
+        for none, some in got:
+            assert not none.any()
+            assert torch.equal(some, want)
 
 
 @pytest.mark.gpu

@@ -145,15 +145,20 @@ def shared_bytes(c: Config, p: Problem) -> int:
     return 2 * c.pairs * c.step * c.stages + int(codes + scales) * (c.stages if p.element == "" else c.stages - 1)
 
 
-def early(programs: float, columns: float, units: int) -> bool:
-    """Whether a product of few pairs should start before the kernel in front of it has ended: it gains a microsecond or two.
+def together(programs: float, columns: float, units: int) -> int | None:
+    """How many programs of a product of few pairs a multiprocessor may have at a time if it starts before the kernel in front of it has
+    ended: 0 for as many as fit, None where it should not.
 
-    Its programs are placed where there is room at that time, so that some multiprocessors get more of them than others, which takes longer
-    (a tenth of a layer, measured) unless each gets many, none gets two, or they are short. programs: those that have work; columns: of K,
-    for each.
+    Its programs are placed where there is room at that time: some multiprocessors would get more of them than others, which takes longer
+    (a tenth of a layer, measured) unless each gets many. So none gets more than its share; long ones start early only where the shares
+    are nearly even. programs: those that have work; columns: of K, for each.
     """
     units = units or UNITS
-    return programs <= units or programs >= 4 * units or columns <= 1536
+    share = math.ceil(programs / units)
+    if share > 4:
+        return 0
+    even = programs <= units or columns <= 1536 or share * units <= 1.25 * programs
+    return share if even else None
 
 
 def best_split(p: Problem, rows: int, step: int, units: int) -> int:

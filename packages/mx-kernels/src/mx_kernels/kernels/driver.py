@@ -29,6 +29,9 @@ ADDRESS = "P"
 _NUMBERS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 _NUMBERS |= {"u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}
 _EARLY = 6  # the attribute of kernels that may start before the one in front has ended (programmatic dependent launch)
+_MOST_SHARED = (
+    8  # the attribute of a function: bytes of shared memory that a program of it may be given when it is launched
+)
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: a thread's first use of a device
 
 
@@ -53,7 +56,8 @@ class _Node(ctypes.Structure):
 
 
 _NAMES = (
-    "cuLaunchKernelEx", "cuFuncGetParamInfo", "cuTensorMapEncodeTiled", "cuTensorMapReplaceAddress", "cuGetErrorString",
+    "cuLaunchKernelEx", "cuFuncGetParamInfo", "cuFuncGetAttribute", "cuFuncSetAttribute", "cuTensorMapEncodeTiled",
+    "cuTensorMapReplaceAddress", "cuGetErrorString",
 )  # fmt: skip
 
 
@@ -128,12 +132,12 @@ class DriverLaunch:
     """A kernel's launches on one device: call it with a stream's handle and the addresses of all arguments that are tensors, in their
     order (None: no address), where the device is current.
 
-    They differ from ``kernel[grid](*args, *values)``, for which it was compiled, in nothing but addresses. Raises Unsupported, which says
-    why, where launches are left to Triton.
+    They differ from ``kernel[grid](*args, *values)``, for which it was compiled, in nothing but addresses, and in shared memory that a
+    program gets, and leaves alone, up to ``room`` bytes. Raises Unsupported, which says why, where launches are left to Triton.
     """
 
     def __init__(
-        self, compiled: CompiledKernel, grid: tuple[int, ...], args: Sequence[Any], values: Sequence[Any]
+        self, compiled: CompiledKernel, grid: tuple[int, ...], args: Sequence[Any], values: Sequence[Any], room: int = 0
     ) -> None:
         cuda, about = _cuda(), compiled.metadata
         if cuda is None:
@@ -151,8 +155,12 @@ class DriverLaunch:
         self.function = ctypes.c_void_p(compiled.function)
         self.lock = threading.Lock()  # what the driver reads is changed for each launch
         self.early = bool(about.launch_pdl)
+        if room > about.shared:
+            most = ctypes.c_int()  # other launches of the kernel may have asked for more
+            asked(cuda, self.what, cuda.cuFuncGetAttribute, ctypes.byref(most), _MOST_SHARED, self.function)
+            asked(cuda, self.what, cuda.cuFuncSetAttribute, self.function, _MOST_SHARED, max(room, most.value))
         attribute, block = ctypes.pointer(_Attribute(_EARLY, 0, 1)), (32 * about.num_warps, 1, 1)
-        self.config = _Config((*grid,), block, about.shared, None, attribute, int(self.early))
+        self.config = _Config((*grid,), block, max(about.shared, room), None, attribute, int(self.early))
         self.ref = ctypes.byref(self.config)
 
         # of each parameter where it is, None for addresses; which parameters are addresses, and of which arguments

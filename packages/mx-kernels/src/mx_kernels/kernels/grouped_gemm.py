@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from ..tuned import config_for
-from ..tuning import LARGE, SHARED, SMALL, UNITS, Config, Problem, early
+from ..tuning import LARGE, SHARED, SMALL, UNITS, Config, Problem, together
 from .launch import Launch, early_options, starts_early, takes_registers, target
 from .packed_kernel import DENSE, PAIR, SELF, SORTED, _grouped_gemm_packed_kernel
 
@@ -55,6 +55,11 @@ class _Plan:
 
             boxes = tuple((at, functools.partial(descriptor, shape=shape, box=box)) for at, shape, box in self.boxes)
         return Launch(self.kernel, (self.programs,), self.device, *values, boxes=boxes, **self.options)
+
+    @functools.cached_property
+    def behind(self) -> Launch:
+        """The same behind a kernel that began when the alignment had ended: weights are asked for before that kernel has (``ahead.py``)."""
+        return self.launch.having(ahead=1) if self.options.get("launch_pdl") else self.launch
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -286,14 +291,15 @@ def _plan(
     tiles = -(-strips * 16 // c.rows)
     lets = route != DENSE.value and starts_early("product", num_pairs, device)
     live = max(problem.active, num_pairs / c.pairs) * tiles * c.split
-    options: dict[str, Any] = early_options(lets and early(live, k / c.split, units), lets)
+    most = together(live, k / c.split, units) if lets else None
+    options: dict[str, Any] = early_options(most is not None, lets) | {"most": most or 0}
     pdl = options.pop("PDL")
     options |= {"num_warps": c.warps, "num_stages": c.stages if torch.version.hip is None else 2}
     if c.maxnreg and ptx:
         options["maxnreg"] = _REGISTERS.get(c.maxnreg, c.maxnreg)
     sizes = (
         *(experts, n, k, strips, rows, *strides, stride[-2], stride[0] if count > 1 else 0, num_pairs, blocks),
-        *(alpha, beta, limit),
+        *(alpha, beta, limit, 0),
     )
     constants = (
         *(c.pairs, parts, c.rows, c.step, kind, problem.block, route, c.split, c.group, c.levels, tail),

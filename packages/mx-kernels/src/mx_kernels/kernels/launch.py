@@ -8,6 +8,7 @@ and how the CUDA driver launches it (``driver.py``).
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ class Target:
     """fp8: Triton converts float32 to FP8 with saturation; asm: kernels may use PTX; units: multiprocessors.
 
     pdl: a kernel may start before the one in front has ended (programmatic dependent launch). wgmma: warpgroup products (sm_90).
+    shared: bytes of shared memory of a multiprocessor, 0 where it is not known.
     """
 
     fp8: bool
@@ -38,6 +40,7 @@ class Target:
     units: int
     pdl: bool = False
     wgmma: bool = False
+    shared: int = 0
 
 
 @functools.cache
@@ -49,7 +52,8 @@ def target(device: torch.device) -> Target:
     units = getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
-    return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0), wgmma(device))
+    shared = getattr(properties, "shared_memory_per_multiprocessor", 0) if nvidia else 0
+    return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0), wgmma(device), shared)
 
 
 @functools.cache
@@ -66,8 +70,7 @@ def takes_registers() -> bool:
 
 
 PDL_PAIRS = {"align": 8192, "place": 1 << 31, "product": 8192, "rebase_rows": 8192, "combine": 8192}
-"""Up to how many pairs a kernel starts before the one in front of it has ended (NVIDIA, sm_90 and up); of products those that
-``tuning.early`` names too.
+"""Up to how many pairs a kernel starts before the one in front of it has ended (NVIDIA, sm_90 and up).
 
 Such a kernel waits for the end of the one in front (``gdc_wait``) before it reads what that or anything earlier wrote, and only then
 lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. "place" stands for the
@@ -94,7 +97,8 @@ class Launch:
     values: what follows the arguments, in the kernel's order; options: the kernel's constants after those, and Triton's options; boxes:
     which arguments the copy engine loads (their places), with what describes such a tensor, or an address, for it.
     A Launch is for arguments that differ in nothing but their pointers: the caller keeps one for each set of dtypes, absent
-    tensors (None) and numbers.
+    tensors (None) and numbers. most: programs that a multiprocessor may have at a time, 0 for as many as fit; Triton's own launches
+    (the first, and those that the driver does not make) do not heed it.
     """
 
     def __init__(
@@ -104,14 +108,29 @@ class Launch:
         device: torch.device,
         *values: int | float,
         boxes: Boxes = (),
+        most: int = 0,
         **options: Any,
     ) -> None:
-        self.kernel, self.device, self.boxes = kernel, device, boxes
+        self.kernel, self.device, self.boxes, self.most = kernel, device, boxes, most
         self.grid = (*grid, 1, 1)[:3]
         self.values = (*values, *(options.pop(name) for name in kernel.arg_names if name in options))
         self.options = options
         self.compiled: CompiledKernel | None = None
         self.by_driver: DriverLaunch | None = None
+        self.given: Sequence[Any] = ()  # what it was compiled for, tensors as addresses
+        self.others: list[Launch] = []  # what ``having`` made
+
+    def having(self, **numbers: int) -> Launch:
+        """The same launch with other numbers, of arguments for which Triton does not compile: it is compiled when this one is."""
+        names, other = self.kernel.arg_names, copy.copy(self)
+        behind = names[len(names) - len(self.values) :]
+        assert numbers.keys() <= {*behind}
+        other.values = tuple(numbers.get(name, value) for name, value in zip(behind, self.values, strict=True))
+        other.others = []
+        self.others.append(other)
+        if self.compiled is not None:
+            other._take(self.compiled, self.given)
+        return other
 
     def __call__(self, *args: Any) -> None:
         """Launch. Tensors that are not aligned to 16 bytes go through Triton's dispatch, as does the first call."""
@@ -155,12 +174,28 @@ class Launch:
         given = self.boxed(args)
         made = self.kernel[self.grid](*given, *self.values, **self.options)
         if aligned and self.device.type == "cuda" and isinstance(made, CompiledKernel):  # not in the interpreter
-            self.compiled = made
-            try:
-                self.by_driver = DriverLaunch(made, self.grid, given, self.values)
-            except Unsupported as reason:
-                _log.info("%s goes on by Triton's launcher: %s", made.name, reason)
+            known = self.boxed([a.data_ptr() if isinstance(a, Tensor) else a for a in args])
+            for launch in (self, *self.others):
+                launch._take(made, known)
         return None
+
+    def _take(self, made: CompiledKernel, given: Sequence[Any]) -> None:
+        """Launch that kernel from now on, which was compiled for such arguments."""
+        self.compiled, self.given = made, given
+        try:
+            self.by_driver = DriverLaunch(made, self.grid, given, self.values, apart(self.device, self.most))
+        except Unsupported as reason:
+            self.by_driver = None
+            _log.info("%s goes on by Triton's launcher: %s", made.name, reason)
+
+
+RESERVED = 1024  # bytes of shared memory that each program takes beyond its own (compute capability 8.0 and later)
+
+
+def apart(device: torch.device, most: int) -> int:
+    """Bytes of shared memory of which no more than ``most`` programs fit a multiprocessor; 0 where any number may."""
+    shared = target(device).shared if most else 0
+    return shared // (most + 1) - RESERVED + 128 if shared else 0
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
             *(partial, counters),
         )
         there = {*GIVEN, *layer.tensors, *parts, "counters"}
-        launches.append((product.launch, tuple(name if name in there else result for name in names)))
+        run = product.behind if product is two else product.launch
+        launches.append((run, tuple(name if name in there else result for name in names)))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
     launches.append((total, ("y", "ids", "expert_map", "", "out")))
     return plan_of(layer, launches, parts, max(one.counters, two.counters))

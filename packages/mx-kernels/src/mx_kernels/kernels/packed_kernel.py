@@ -14,6 +14,7 @@ to arrive adds them up in a fixed order, so the result does not depend on which 
 import triton
 import triton.language as tl
 
+from .ahead import CHUNK, ask, rows_at, scales_at, tiles_at
 from .dot import packed_dot
 from .epilogue import outputs, store
 
@@ -111,11 +112,40 @@ def _pairs(sorted_ids, first, pairs, M: tl.constexpr, ROUTE: tl.constexpr):
         return column
 
 
-@triton.jit(do_not_specialize=["experts", "pairs", "blocks", "piece_stride", "act_alpha", "act_beta", "act_limit"])
+@triton.jit
+def _leave(pid, PDL: tl.constexpr):
+    """What a program without work does. The first waits for the kernel in front, which whatever starts behind this one relies on."""
+    if PDL:  # noqa: SIM102
+        if pid == 0:
+            tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _ask(
+    w, s, e, strip0, first, strips, rows, w_expert, w_step, s_expert, s_step, k,
+    N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Ask for the first steps of an expert's weights (``ahead.py``)."""
+    w += e.to(tl.int64) * w_expert
+    if KIND == "":
+        at, there = rows_at(strip0 * 16, rows, w_step, k, first, N, BK, 2, STRIDE)
+        ask(w, at, there, CHUNK)
+    else:
+        UNIT: tl.constexpr = 64 if KIND == "e2m1" else 32
+        ROW: tl.constexpr = 128 // BLOCK
+        at, there = tiles_at(strip0, strips, 4 * w_step, k, first, N, BK, UNIT, STRIDE)
+        ask(w, at, there, CHUNK)
+        at, there = scales_at(strip0, s_step, k, first, N, BK, UNIT, ROW, STRIDE)
+        ask(s + e.to(tl.int64) * s_expert, at, there, N * ROW)
+
+
+@triton.jit(
+    do_not_specialize=["experts", "pairs", "blocks", "piece_stride", "act_alpha", "act_beta", "act_limit", "ahead"]
+)
 def _grouped_gemm_packed_kernel(
     x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,
     experts, n, k, strips, rows, w_expert, w_step, s_expert, s_step, x_stride, piece_stride, pairs, blocks,
-    act_alpha, act_beta, act_limit,
+    act_alpha, act_beta, act_limit, ahead,
     BM: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
     ROUTE: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr, TAIL: tl.constexpr, CLAMP: tl.constexpr,
     MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -125,13 +155,15 @@ def _grouped_gemm_packed_kernel(
 ):  # fmt: skip
     """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; partial [blocks * tiles, SPLIT, BM, N], counter [blocks * tiles].
 
-    A block is one of PARTS parts of a block of the alignment. TOP_K: 0 where x has a row a slot; TO_SLOTS: where y has.
+    A block is one of PARTS parts of a block of the alignment. TOP_K: 0 where x has a row a slot; TO_SLOTS: where y has. ahead: whether
+    weights are asked for before the kernel in front has ended (``ahead.py``).
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(strips * 16, N)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:  # noqa: SIM102
+        if ahead == 0:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
     split = 0
     if GROUP == 1:
         tile = pid % tiles
@@ -154,9 +186,11 @@ def _grouped_gemm_packed_kernel(
         e = tl.load(expert_ids + block // PARTS)
         pair = _pairs(sorted_ids, block * BM, pairs, BM, ROUTE)
         if block * BM >= used:
+            _leave(pid, PDL)
             return
         count = tl.sum((pair < pairs).to(tl.int32), 0)  # padding follows the pairs
         if PARTS > 1 and count == 0:
+            _leave(pid, PDL)
             return
     elif ROUTE == PAIR:
         e = tl.load(expert_ids + block)
@@ -169,6 +203,7 @@ def _grouped_gemm_packed_kernel(
         mine = tl.sum((ids == e).to(tl.int64) << other.to(tl.int64), 0)  # a bit for each pair of this expert
         before = _ones(mine & ((tl.full((), 1, tl.int64) << block.to(tl.int64)) - 1))
         if before % BM != 0:
+            _leave(pid, PDL)
             return  # another program computes this pair
         count = tl.minimum(_ones(mine) - before, BM)
         for _ in range(before):
@@ -179,10 +214,16 @@ def _grouped_gemm_packed_kernel(
             mine &= mine - 1
     if ROUTE != DENSE:  # noqa: SIM102
         if (e < 0) | (e >= experts):
+            _leave(pid, PDL)
             return
     strip0 = tile * (N // 16)
     if not CLAMP:
         strip0 = tl.minimum(strip0, strips - N // 16)  # the last tile ends at the last row; two store the same values
+    if PDL:  # noqa: SIM102
+        if ahead != 0:
+            _ask(w, s, e, strip0, split, strips, rows, w_expert, w_step, s_expert, s_step, k, N, BK, KIND, BLOCK, SPLIT)
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
     scale = 1.0
     if HAS_ALPHA:
         scale = tl.load(alpha + e)

@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..choose import Unsupported
-from ..tuning import Problem, early
+from ..tuning import Problem, together
+from .ahead import CHUNK, ask, rows_at
 from .bits import e8m0_reciprocal, e8m0_value
 from .dot import drained
 from .finish import activated
@@ -243,29 +244,40 @@ def _fp4_tile(words, octaves, N: tl.constexpr, BK: tl.constexpr, PTX: tl.constex
     return tl.join(first, last).trans(0, 1, 4, 2, 3).reshape(N, BK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def _grouped_gemm_rebased_kernel(
     x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded, bias, row_weight,
-    partial, counter, n_pairs, N, N_OUT,
+    partial, counter, n_pairs, N, N_OUT, ahead,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     SWAP: tl.constexpr, PROMOTE: tl.constexpr, FP4: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr, BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr, SCATTER: tl.constexpr, QUANTIZE: tl.constexpr, GATED: tl.constexpr, KIND: tl.constexpr,
     ALPHA: tl.constexpr, BETA: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x, w: descriptors; FP4: w is the pointer to MXFP4's words, BK is 128, and SWAP is set (weights from registers are the left
-    operand). SPLIT programs share a tile's K loop; the last of them to arrive adds up, in a fixed order, what each stored in
+    operand); else octaves is the pointer to w, and ahead says whether it is asked for before the kernel in front has ended (``ahead.py``).
+    SPLIT programs share a tile's K loop; the last of them to arrive adds up, in a fixed order, what each stored in
     partial [tiles, SPLIT, values of a tile], and leaves counter [tiles] at zero."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:  # noqa: SIM102
+        if FP4 or ahead == 0:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
     m_tiles = tl.load(num_padded) // BM
     n_tiles = tl.cdiv(N, BN)
     pid = tl.program_id(0)
     tile, pid_n = _tile_of(pid // SPLIT, m_tiles, n_tiles, GROUP)
     if (tile >= m_tiles) | (pid_n >= n_tiles):
+        if PDL and not FP4:  # noqa: SIM102
+            if pid == 0:  # which whatever starts behind this kernel relies on
+                tl.extra.cuda.gdc_wait()
         return
     expert = tl.load(expert_ids + tile)
     steps = tl.cdiv(K, BK)
+    if PDL and not FP4:  # noqa: SIM102
+        if ahead != 0:
+            at, there = rows_at(pid_n * BN, N, K, K, pid % SPLIT, BN, BK, 1, SPLIT)
+            ask(octaves + expert.to(tl.int64) * N * K, at, there, CHUNK)
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
     if FP4:
         strips = tl.cdiv(N, 16)
         strip = tl.minimum(pid_n * (BN // 16) + tl.arange(0, BN // 16), strips - 1)
@@ -383,13 +395,20 @@ def _split_of(n: int, k: int, experts: int, pairs: int, rows: int, step: int, de
 @dataclass(frozen=True)
 class Product:
     """A product without its tensors. launch: for (x, w, octaves, x_scale, w_scale, y, y_scale, sorted_ids, expert_ids, num_padded,
-    bias, row_weight, partial, counter), y where absent (sorted_ids for counter). partial: float32 values, and counters: int32 zeros,
-    of a split K.
+    bias, row_weight, partial, counter), y where absent (w for octaves, sorted_ids for counter). partial: float32 values, and counters:
+    int32 zeros, of a split K. asks: whether weights can be asked for early (MXFP4's cannot: its kernels took other registers and were
+    1 to 9% slower).
     """
 
     launch: Launch
     partial: int
     counters: int
+    asks: bool
+
+    @functools.cached_property
+    def behind(self) -> Launch:
+        """The same behind a kernel that began when the alignment had ended: weights are asked for before that kernel has (``ahead.py``)."""
+        return self.launch.having(ahead=1) if self.asks else self.launch
 
 
 @functools.lru_cache(maxsize=4096)
@@ -407,16 +426,18 @@ def plan_product(
     boxes = [(0, (capacity, k), (block_m, bk)), (1, (experts * n, k), (bn, bk))]  # w too, where it is E4M3
     live = max(Problem("e4m3", 32, pairs, experts, n, k).active, pairs / block_m) * -(-n // bn) * split
     lets = starts_early("product", pairs, device)
+    most = together(live, k / split, target(device).units) if lets else None
     run = Launch(
-        _grouped_gemm_rebased_kernel, (slots * split,), device, pairs, n, n // 2 if activation else n,
+        _grouped_gemm_rebased_kernel, (slots * split,), device, pairs, n, n // 2 if activation else n, 0,
         K=k, BM=block_m, BN=bn, BK=bk, GROUP=group, SPLIT=split, SWAP=c.pop("SWAP"), PROMOTE=promote, FP4=fp4, PTX=wgmma,
         DRAIN=wgmma and takes_registers(),
         BIAS=bias is not None, WEIGHTED=weighted, SCATTER=scatter, QUANTIZE=quantize,
         GATED=bool(activation), KIND=activation, ALPHA=alpha, BETA=beta, LIMIT=limit, **c,
-        **early_options(lets and early(live, k / split, target(device).units), lets),
+        **early_options(most is not None, lets), most=most or 0,
         boxes=tuple((at, functools.partial(_descriptor, shape=shape, box=box)) for at, shape, box in boxes[: 1 if fp4 else 2]),
     )  # fmt: skip
-    return Product(run, slots * split * block_m * bn if split > 1 else 0, slots if split > 1 else 0)
+    partial, counters = (slots * split * block_m * bn, slots) if split > 1 else (0, 0)
+    return Product(run, partial, counters, most is not None and not fp4)
 
 
 def _descriptor(base: Tensor | int, shape: tuple[int, int], box: tuple[int, int]) -> TensorDescriptor:
@@ -453,7 +474,7 @@ def grouped_gemm_rebased(
         partial = torch.empty(p.partial, dtype=torch.float32, device=x.device)
         counter = counters(x.device, p.counters)
     p.launch(
-        x, w.view(torch.int32) if fp4 else w, w_octaves if fp4 else y, x_scale, w_scale,
+        x, w.view(torch.int32) if fp4 else w, w_octaves if fp4 else w, x_scale, w_scale,
         y.view(fp8) if quantize else y, y_scale, sorted_ids, expert_ids, num_padded, bias if bias is not None else y,
         row_weight if row_weight is not None else y, partial, counter,
     )  # fmt: skip

@@ -59,12 +59,13 @@ def plan(layer: RebasedLayer, x: Tensor, ids: Tensor, weights: Tensor, promote: 
         )
         partial = f"{name}_partial" if product.partial else ""
         parts |= {partial: 4 * product.partial} if partial else {}
-        names = (source, name, f"{name}_octaves", "scale", f"{name}_scale", result, "h_scale" if one else "")
+        octaves = f"{name}_octaves" if w.octaves is not None else name
+        names = (source, name, octaves, "scale", f"{name}_scale", result, "h_scale" if one else "")
         names += ("sorted_ids", "expert_ids", "num_padded", f"{name}_bias", "" if one else "weights")
         names += (partial, "counters" if partial else "")
         there = {*GIVEN, *layer.tensors, *parts, "counters"}
         names = tuple(n if n in there else result for n in names)
-        launches.append((product.launch, names))
+        launches.append((product.behind, names))
         counters = max(counters, product.counters)
         if one:
             rows = rebased.plan_rows(capacity, width, torch.uint8, width, True, pairs, 0, device)

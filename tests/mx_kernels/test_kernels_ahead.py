@@ -1,0 +1,114 @@
+"""Weights that a product asks for before it begins: those that its first steps load. In Triton's interpreter; what asks for them is in
+compiled code (``test_compile_packed.py``, ``test_kernels_rebased.py``), and layers on a GPU give the same bits (``test_moe.py``)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+INTERPRETED = """
+import torch
+import triton
+import triton.language as tl
+from mx_kernels.kernels.ahead import CHUNKS, rows_at, scales_at, tiles_at
+from test_kernels_ahead import CASES, rows, tiles
+
+
+@triton.jit
+def tiles_kernel(at, there, scale_at, scale_there, strip0, strips, w_step, s_step, k, first,
+                 N: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, ROW: tl.constexpr, STRIDE: tl.constexpr):
+    i = tl.arange(0, CHUNKS)
+    a, b = tiles_at(strip0, strips, w_step, k, first, N, BK, UNIT, STRIDE)
+    tl.store(at + i, a)
+    tl.store(there + i, b.to(tl.int8))
+    a, b = scales_at(strip0, s_step, k, first, N, BK, UNIT, ROW, STRIDE)
+    tl.store(scale_at + i, a)
+    tl.store(scale_there + i, b.to(tl.int8))
+
+
+@triton.jit
+def rows_kernel(at, there, row0, rows, width, k, first,
+                N: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr, STRIDE: tl.constexpr):
+    i = tl.arange(0, CHUNKS)
+    a, b = rows_at(row0, rows, width, k, first, N, BK, BYTES, STRIDE)
+    tl.store(at + i, a)
+    tl.store(there + i, b.to(tl.int8))
+
+
+def taken(at, there):
+    return {int(a) for a, b in zip(at, there) if b}
+
+
+def room():
+    return torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int8)
+
+
+for case in CASES["tiles"]:
+    (n, bk, unit, row, stride), (strip0, strips, k, first) = case
+    w_step, s_step = strips * 512, (strips * 16 + 5) * row
+    codes, scales = room(), room()
+    tiles_kernel[(1,)](*codes, *scales, strip0, strips, w_step, s_step, k, first,
+                       N=n, BK=bk, UNIT=unit, ROW=row, STRIDE=stride)
+    assert (taken(*codes), taken(*scales)) == tiles(w_step, s_step, *case), case
+for case in CASES["rows"]:
+    (n, bk, size, stride), (row0, there, width, k, first) = case
+    got = room()
+    rows_kernel[(1,)](*got, row0, there, width, k, first, N=n, BK=bk, BYTES=size, STRIDE=stride)
+    assert taken(*got) == rows(*case), case
+print("right")
+"""
+CASES = {
+    "tiles": [  # (weight rows, step, columns of a tile, scale bytes of 128 columns, stride), (strip, strips, columns, first step)
+        ((128, 128, 64, 4, 1), (8, 24, 2880, 0)),
+        ((128, 128, 64, 8, 4), (0, 8, 2880, 3)),
+        ((128, 128, 32, 4, 2), (4, 10, 768, 1)),  # the last rows are not there
+        ((64, 128, 64, 4, 1), (4, 8, 128, 0)),  # one step, nothing behind it
+        ((128, 64, 64, 4, 1), (16, 32, 448, 0)),
+        ((128, 64, 32, 4, 1), (0, 8, 96, 0)),
+    ],
+    "rows": [  # (weight rows, step, bytes of a value, stride), (row, rows, width, columns, first step)
+        ((128, 128, 2, 1), (256, 1536, 2048, 2048, 0)),
+        ((128, 64, 2, 1), (1520, 1536, 2880, 2880, 0)),  # half of the rows are not there
+        ((64, 128, 1, 1), (64, 200, 2048, 2048, 0)),
+        ((16, 128, 1, 2), (0, 16, 4096, 4096, 1)),  # and what follows
+        ((128, 128, 2, 1), (0, 128, 128, 128, 0)),  # rows shorter than a chunk
+    ],
+}
+
+
+def tiles(w_step, s_step, constants, numbers):
+    """Bytes at which codes and scales of the first steps begin."""
+    n, bk, unit, row, stride = constants
+    strip0, strips, k, first = numbers
+    steps = itertools.count(first, stride)
+    every = ((step, tile, strip) for step in steps for tile in range(bk // unit) for strip in range(n // 16))
+    asked = [*itertools.islice(every, 16)]
+    tile_of = {(step * bk + tile * unit) // unit: step for step, tile, _ in asked}
+    codes = {
+        (step * (bk // unit) + tile) * w_step + (strip0 + strip) * 512
+        for step, tile, strip in asked
+        if step * bk + tile * unit < k and strip0 + strip < strips
+    }
+    groups = {step * bk // 128 for step in tile_of.values() if step * bk // 128 * 128 < k}
+    return codes, {group * s_step + strip0 * 16 * row for group in groups}
+
+
+def rows(constants, numbers):
+    """Bytes at which the first chunks of rows begin."""
+    n, bk, size, stride = constants
+    row0, there, width, k, first = numbers
+    columns = 512 // size
+    every = (
+        (row, first * bk + turn * stride * max(bk, columns)) for turn in range(16) for row in range(row0, row0 + n)
+    )
+    return {
+        (row * width + column) * size
+        for row, column in itertools.islice(every, 16)
+        if row < there and column + columns <= k
+    }
+
+
+@pytest.mark.compile
+def test_what_is_asked_for_in_the_interpreter(interpreted):
+    interpreted(INTERPRETED)

@@ -20,6 +20,7 @@ from mx_kernels.tuning import (
     shared_bytes,
     slots_from,
     small_blocks,
+    small_rows,
     together,
 )
 
@@ -104,6 +105,23 @@ def test_blocks_follow_what_they_are_expected_to_cost(element, eight_bits):
             cost[block] = float(share @ (pairs // block * costs[block] + over))
         ratio = eight_bits * cost[160] / cost[256]
         assert small_blocks(Problem(element, 32, 8 * each, 8, 5760, 2880)) == (ratio < 1) or abs(ratio - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("each", "experts", "n", "k", "rows"),
+    [  # the faster on an H100, MXFP4, or both within 1%
+        (64, 8, 28672, 4096, 192),
+        (64, 8, 4096, 14336, 128),
+        (128, 8, 4096, 14336, 128),
+        (192, 8, 4096, 14336, 192),
+        (64, 32, 5760, 2880, 192),
+        (64, 32, 2880, 2880, 192),
+        (64, 128, 2880, 2880, 192),
+    ],
+)
+def test_rows_where_they_were_measured(each, experts, n, k, rows):
+    p = Problem("e2m1", 32, each * experts, experts, n, k)
+    assert choose_config(p, 160, specialized=True, slots=True).rows == small_rows(p, 0) == rows
 
 
 @pytest.mark.parametrize("element", ["e2m1", "e4m3"])

@@ -41,6 +41,7 @@ FEW = {True: ((0, 166), (254, 322)), False: ((0, 162), (260, 312))}
 LEAST = 160  # pairs an expert from which on large blocks gain where rows lie in slot order
 MANY = 224  # pairs an expert from which on they gain wherever x lies
 PLAIN = 512  # the same of plain weights, where rows lie in slot order or weights are narrow
+NARROW = 0.8  # what a tile of 128 weight rows costs in such small blocks, of one of 192
 RING = SHARED - (20 << 10)  # bytes of shared memory for its stages, beside tables, notes and results on their way out
 
 
@@ -52,7 +53,7 @@ class Config:
     the K loop of a tile. group: blocks of pairs that walk the weight tiles together. levels: narrower loops (a half, a quarter of
     ``pairs``) for blocks with few pairs. mask: do not load rows of x that are not there. evict: eviction policy of weight loads.
     maxnreg: registers a thread, 0 for the compiler's choice. specialized: the kernel whose warps load or multiply, for 256 pairs and 128
-    rows or 160 and 192; levels, mask, evict and maxnreg are its own.
+    rows, or 160 and 192 or 128; levels, mask, evict and maxnreg are its own.
     """
 
     pairs: int
@@ -113,8 +114,17 @@ def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
     if p.element == "":
         return PLAIN if block == LARGE and (slots or p.n < GATHERED) else 0
     if block == SMALL:
-        return 80 if p.element != "e2m1" else 56 if slots else 72
+        return (64 if slots else 80) if p.element != "e2m1" else (56 if slots else 72)
     return LEAST if slots else MANY
+
+
+def small_rows(p: Problem, units: int) -> int:
+    """Weight rows of a tile in blocks of ``SMALL`` pairs: 192, or 128 where that takes less time because tiles come in few rounds, of one
+    for each multiprocessor."""
+    units = units or UNITS
+    blocks = p.active * math.ceil(p.num_pairs / (p.active * SMALL))
+    rounds = {rows: math.ceil(-(-p.n // rows) * blocks / units) for rows in (128, 192)}
+    return 128 if NARROW * rounds[128] < rounds[192] else 192
 
 
 def slots_from(p: Problem, gather: bool, block: int = LARGE) -> int:
@@ -212,7 +222,7 @@ def choose_config(
         else:  # x of those who walk together takes 16 MiB of it
             wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
             group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
-        rows = 192 if pairs == SMALL else 128
+        rows = small_rows(p, units) if pairs == SMALL else 128
         stage = 128 * pairs + rows * (128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block)
         return Config(pairs, rows, 64, 4, RING // stage, group=group, specialized=True)
     if p.element == "" and c.step == 128 and shared_bytes(c, p) > shared:

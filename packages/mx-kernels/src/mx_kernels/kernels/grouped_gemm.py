@@ -234,8 +234,10 @@ def _plan(
     count = shape[0] if len(shape) == 3 else 1
     largest = max(shape[-2] * stride[-2] * count, (blocks * block if to_slots else num_pairs) * n)
     problem = Problem(kind, 32 if f is None else f.block, num_pairs, experts, strips * 16, k)
-    small = block == SMALL and kind != "" and strips >= 12
-    served = wgmma and route == SORTED.value and (small or (block == LARGE and strips >= 8)) and count == 1
+    small = block == SMALL and kind != ""
+    served = (
+        wgmma and route == SORTED.value and strips >= (12 if small else 8) and (small or block == LARGE) and count == 1
+    )
     served = served and round_to == "" and (act != "") == w_gated and aligned
     served = served and experts < 65535  # a table of the kernel's holds them in 16 bits
     if kind != "":
@@ -248,12 +250,12 @@ def _plan(
     if (
         config is not None
         and config.specialized
-        and not (served and (config.pairs, config.rows) == (block, 192 if small else 128))
+        and not (served and config.pairs == block and (config.rows == 128 or (small and config.rows == 192)))
     ):
         raise ValueError(
-            "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps) "
-            "in sorted blocks of 256 pairs, or quantized ones of 192 in blocks of 160, all contiguous and 16-byte aligned, bf16 x, whole K "
-            "tiles, gates exactly with an activation and results that are not rounded, on sm_90: give this product another one"
+            "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps) in sorted blocks "
+            "of 256 pairs, or quantized ones of 192 and more, by 192 or 128, in blocks of 160, all contiguous and 16-byte aligned, bf16 x, "
+            "whole K tiles, gates exactly with an activation and results that are not rounded, on sm_90: give this product another one"
         )
     if config is not None and route == SORTED.value and block % config.pairs:
         raise ValueError(

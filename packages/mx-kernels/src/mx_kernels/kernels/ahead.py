@@ -75,3 +75,23 @@ def rows_at(
     row = row0 + i % N
     column = first * BK + i // N * (STRIDE * max(BK, COLUMNS))
     return (row.to(tl.int64) * width + column) * BYTES, (row < rows) & (column + COLUMNS <= k)
+
+
+@triton.jit
+def wait_where(condition):
+    """``gdc_wait`` of programs for which a condition holds, without a branch: with one Triton 3.9's compiler spills."""
+    tl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred p;
+        setp.ne.s32 p, $1, 0;
+        @p griddepcontrol.wait;
+        mov.b32 $0, $1;
+        }
+        """,
+        "=r,r",
+        [condition.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

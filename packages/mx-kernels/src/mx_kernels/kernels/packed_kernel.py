@@ -14,7 +14,7 @@ to arrive adds them up in a fixed order, so the result does not depend on which 
 import triton
 import triton.language as tl
 
-from .ahead import CHUNK, ask, rows_at, scales_at, tiles_at
+from .ahead import CHUNK, ask, rows_at, scales_at, tiles_at, wait_where
 from .dot import packed_dot
 from .epilogue import outputs, store
 
@@ -113,14 +113,6 @@ def _pairs(sorted_ids, first, pairs, M: tl.constexpr, ROUTE: tl.constexpr):
 
 
 @triton.jit
-def _leave(pid, PDL: tl.constexpr):
-    """What a program without work does. The first waits for the kernel in front, which whatever starts behind this one relies on."""
-    if PDL:  # noqa: SIM102
-        if pid == 0:
-            tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def _ask(
     w, s, e, strip0, first, strips, rows, w_expert, w_step, s_expert, s_step, k,
     N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
@@ -185,26 +177,22 @@ def _grouped_gemm_packed_kernel(
         used = tl.load(num_padded)  # the three loads do not wait for each other
         e = tl.load(expert_ids + block // PARTS)
         pair = _pairs(sorted_ids, block * BM, pairs, BM, ROUTE)
-        if block * BM >= used:
-            _leave(pid, PDL)
-            return
         count = tl.sum((pair < pairs).to(tl.int32), 0)  # padding follows the pairs
-        if PARTS > 1 and count == 0:
-            _leave(pid, PDL)
-            return
+        there = block * BM < used
+        if PARTS > 1:
+            there &= count > 0
     elif ROUTE == PAIR:
         e = tl.load(expert_ids + block)
         pair = tl.where(column == 0, block, pairs)
         count = 1
+        there = block >= 0
     else:
         other = tl.arange(0, 64)
         ids = tl.load(expert_ids + other, mask=other < pairs, other=-1)
         e = tl.load(expert_ids + block)
         mine = tl.sum((ids == e).to(tl.int64) << other.to(tl.int64), 0)  # a bit for each pair of this expert
         before = _ones(mine & ((tl.full((), 1, tl.int64) << block.to(tl.int64)) - 1))
-        if before % BM != 0:
-            _leave(pid, PDL)
-            return  # another program computes this pair
+        there = before % BM == 0  # else another program computes this pair
         count = tl.minimum(_ones(mine) - before, BM)
         for _ in range(before):
             mine &= mine - 1
@@ -212,9 +200,11 @@ def _grouped_gemm_packed_kernel(
         for i in range(count):
             pair = tl.where(column == i, _ones((mine & -mine) - 1), pair)
             mine &= mine - 1
-    if ROUTE != DENSE:  # noqa: SIM102
-        if (e < 0) | (e >= experts):
-            _leave(pid, PDL)
+    if ROUTE != DENSE:
+        there &= (e >= 0) & (e < experts)
+        if PDL:
+            wait_where((pid == 0) & (there == 0))  # which whatever starts behind this kernel relies on
+        if not there:
             return
     strip0 = tile * (N // 16)
     if not CLAMP:

@@ -67,7 +67,8 @@ def sanitize(session: nox.Session, tool: str) -> None:
     left_out = {
         # the byte by which Triton hands work to waiting warps, which a barrier of the whole program orders
         "racecheck": ("--kernel-name-exclude", "kns=specialized"),
-        # the driver refuses to tell of a parameter behind a kernel's last, by which launches know that it is the last
+        # the driver refuses to tell of a parameter behind a kernel's last, by which launches know that it is the last (other calls of the
+        # driver that fail raise, here too)
         "memcheck": ("--report-api-errors", "no"),
     }
     command = ("compute-sanitizer", "--tool", tool, *left_out.get(tool, ()), "--error-exitcode", "1", *script)

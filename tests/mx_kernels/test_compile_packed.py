@@ -107,6 +107,9 @@ def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
         registers, instructions = kernel._REGISTERS.get(registers, registers), instructions * 1.01
     assert "wgmma.mma_async" in made.asm
     assert "cp.async.bulk.prefetch.L2" in made.asm
+    assert (
+        made.asm.count("griddepcontrol.wait") == 3
+    )  # at once, behind what is asked for, and of who leaves without work
     assert not any(code in made.log for code in ("C7510", "C7515"))
     assert not made.overwritten()
     assert made.registers <= registers

@@ -84,13 +84,12 @@ def tiles(w_step, s_step, constants, numbers):
     steps = itertools.count(first, stride)
     every = ((step, tile, strip) for step in steps for tile in range(bk // unit) for strip in range(n // 16))
     asked = [*itertools.islice(every, 16)]
-    tile_of = {(step * bk + tile * unit) // unit: step for step, tile, _ in asked}
     codes = {
         (step * (bk // unit) + tile) * w_step + (strip0 + strip) * 512
         for step, tile, strip in asked
         if step * bk + tile * unit < k and strip0 + strip < strips
     }
-    groups = {step * bk // 128 for step in tile_of.values() if step * bk // 128 * 128 < k}
+    groups = {step * bk // 128 for step, _, _ in asked if step * bk // 128 * 128 < k}
     return codes, {group * s_step + strip0 * 16 * row for group in groups}
 
 

@@ -254,6 +254,7 @@ def test_compiles_to_fp8_wgmma(fp4, block_m, promote, gated):
     compiled = _compiled(block_m, promote, gated, fp4)
     assert compiled.opcodes()["QGMMA"] > 0
     assert ("cp.async.bulk.prefetch.L2" in compiled.asm) == (not fp4)
+    assert compiled.asm.count("griddepcontrol.wait") == (1 if fp4 else 3)  # likewise, as packed ones
     assert "C7510" not in compiled.log
     assert "C7515" not in compiled.log
     assert compiled.spills == 0

@@ -87,13 +87,16 @@ class Ledger:
         monkeypatch.setattr(kernel, "ready", lambda device: True)
         monkeypatch.setattr(kernel, "current_stream", lambda device: 0)
         monkeypatch.setattr(launch.Launch, "__call__", lambda run, *tensors: self.step(run, tensors))
-        monkeypatch.setattr(launch.Launch, "_take", lambda run, made, given: setattr(run, "compiled", made))
+        monkeypatch.setattr(launch.Launch, "_take", lambda run, made, given: self.take_as_compiled(run))
         monkeypatch.setattr(launch.Launch, "run", lambda run, stream, places: self.record(run, places))
 
     def step(self, run, tensors):
-        for each in (run, *run.others):
-            each._take(each, tensors)
+        self.take_as_compiled(run)
         self.record(run, tensors)
+
+    def take_as_compiled(self, run):
+        for each in (run, *run.others):
+            each.compiled = each
 
     def record(self, run, given):
         self.calls.append((run, [*map(address, given)]))

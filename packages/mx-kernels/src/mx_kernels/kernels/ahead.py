@@ -3,7 +3,7 @@
 A product of few pairs starts early (``launch.PDL_PAIRS``) and waits for the end of the kernel in front, which makes its activations.
 Its weights are there already, and memory has little to do meanwhile. So in a layer, where the alignment is known to have ended when
 GEMM 2 starts (and with re-based MXFP8 GEMM 1, which follows the rows' codes), each program asks for the first steps of its own weights
-before it waits (a kernel's ``ahead``). Asking for more than this slowed the kernel in front down (docs/performance.md).
+before it waits (a kernel's ``ahead``). Asking for more than this slowed the kernel in front down (docs/performance-decode.md).
 """
 
 import triton

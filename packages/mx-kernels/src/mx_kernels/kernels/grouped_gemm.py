@@ -109,8 +109,7 @@ def _facts(device: torch.device) -> tuple[int, int, bool]:
     if device.type != "cuda":
         return UNITS, SHARED, device.type == "meta"
     t = target(device)
-    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    return t.units, shared, t.wgmma
+    return t.units, t.shared, t.wgmma
 
 
 def grouped_gemm_packed(

@@ -32,7 +32,7 @@ class Target:
     """fp8: Triton converts float32 to FP8 with saturation; asm: kernels may use PTX; units: multiprocessors.
 
     pdl: a kernel may start before the one in front has ended (programmatic dependent launch). wgmma: warpgroup products (sm_90).
-    shared: bytes of shared memory of a multiprocessor, 0 where it is not known.
+    shared: bytes of shared memory that a program may have, of what Triton calls "cuda".
     """
 
     fp8: bool
@@ -52,7 +52,9 @@ def target(device: torch.device) -> Target:
     units = getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
-    shared = getattr(properties, "shared_memory_per_multiprocessor", 0) if nvidia else 0
+    shared = 0
+    if device.type == "cuda":
+        shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
     return Target(capability >= (8, 9), nvidia, units, capability >= (9, 0), wgmma(device), shared)
 
 
@@ -174,28 +176,27 @@ class Launch:
         given = self.boxed(args)
         made = self.kernel[self.grid](*given, *self.values, **self.options)
         if aligned and self.device.type == "cuda" and isinstance(made, CompiledKernel):  # not in the interpreter
-            known = self.boxed([a.data_ptr() if isinstance(a, Tensor) else a for a in args])
-            for launch in (self, *self.others):
-                launch._take(made, known)
+            self._take(made, self.boxed([a.data_ptr() if isinstance(a, Tensor) else a for a in args]))
         return None
 
     def _take(self, made: CompiledKernel, given: Sequence[Any]) -> None:
-        """Launch that kernel from now on, which was compiled for such arguments."""
+        """Launch that kernel from now on, which was compiled for such arguments; the others too."""
         self.compiled, self.given = made, given
         try:
             self.by_driver = DriverLaunch(made, self.grid, given, self.values, apart(self.device, self.most))
         except Unsupported as reason:
             self.by_driver = None
             _log.info("%s goes on by Triton's launcher: %s", made.name, reason)
+        for other in self.others:
+            other._take(made, given)
 
 
-RESERVED = 1024  # bytes of shared memory that each program takes beyond its own (compute capability 8.0 and later)
+RESERVED = 1024  # bytes of shared memory that a program takes beyond its own (NVIDIA, sm_80 and up): with them one may have all there is
 
 
 def apart(device: torch.device, most: int) -> int:
     """Bytes of shared memory of which no more than ``most`` programs fit a multiprocessor; 0 where any number may."""
-    shared = target(device).shared if most else 0
-    return shared // (most + 1) - RESERVED + 128 if shared else 0
+    return (target(device).shared + RESERVED) // (most + 1) - RESERVED + 128 if most else 0
 
 
 @dataclass(frozen=True)

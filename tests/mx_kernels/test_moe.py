@@ -69,7 +69,8 @@ def address(given):
 class Ledger:
     """Stands in for launching: (Launch, the addresses it was given), and takes kernels as compiled once they were launched.
 
-    given: of each launch that is no layer's the tensors and descriptors themselves, of a layer's the addresses and descriptors.
+    given: of each launch that is no layer's the tensors and descriptors themselves, of a layer's the addresses and descriptors. compiled:
+    what was to be compiled together.
     """
 
     def __init__(self, monkeypatch):
@@ -77,7 +78,7 @@ class Ledger:
         from mx_kernels.kernels import launch
         from mx_kernels.kernels import moe as kernel
 
-        self.calls, self.given = [], []
+        self.calls, self.given, self.compiled = [], [], []
         for module in ("align", "combine", "packed_gemm", "moe", "rebase", "slots"):
             monkeypatch.setattr(importlib.import_module(f"mx_kernels.{module}"), "direct", lambda *tensors: True)
         monkeypatch.setattr(combine_kernel, "target", lambda device: launch.Target(True, True, 132))
@@ -86,6 +87,8 @@ class Ledger:
         monkeypatch.setattr(torch.Tensor, "is_xpu", on_a_gpu, raising=False)
         monkeypatch.setattr(kernel, "ready", lambda device: True)
         monkeypatch.setattr(kernel, "current_stream", lambda device: 0)
+        monkeypatch.setattr(kernel, "_plans", {})
+        monkeypatch.setattr(kernel, "compile_together", self.compiled.extend)
         monkeypatch.setattr(launch.Launch, "__call__", lambda run, *tensors: self.step(run, tensors))
         monkeypatch.setattr(launch.Launch, "_take", lambda run, made, given: self.take_as_compiled(run))
         monkeypatch.setattr(launch.Launch, "run", lambda run, stream, places: self.record(run, places))
@@ -120,9 +123,13 @@ def test_the_launches_of_the_steps(monkeypatch, tokens, name, mapped, inputs):
     assert layer.launch(x, ids, weights) is None  # nothing is compiled yet
     assert len(ledger.take()) == (inputs is not None)  # x is quantized and dequantized
     steps(layer, x, ids, weights)
+    tensors = ledger.given[inputs is not None :]
     want = ledger.take()
     out = layer.launch(x, ids, weights)
     got = ledger.take()
+    assert [run.kernel for run, _ in ledger.compiled] == [run.kernel for run, _ in got[inputs is not None :]]
+    for (run, types), given_there in zip(ledger.compiled, tensors, strict=True):
+        assert [*types] == [None if t is None else t.dtype for t in given_there], run.kernel
     assert out.shape == x.shape
     assert out.dtype == x.dtype
     assert [run for run, _ in got] == [run for run, _ in want]
@@ -215,6 +222,37 @@ def test_refuses_where_the_steps_must_run():
 
 
 # --- bits, on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mxfp4", "bf16"])
+def test_the_first_call_compiles_what_it_launches_together(monkeypatch, name):
+    """On threads: nothing is left to be compiled one after another when the steps run."""
+    triton = importlib.import_module("triton")
+    jit = triton.runtime.jit
+    alone, together, compiles = [], [], jit.JITFunction._do_compile
+
+    def seen(kernel, *args, **kwargs):
+        (alone if triton.runtime._async_compile.active_mode.get() is None else together).append(kernel)
+        return compiles(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(jit.JITFunction, "_do_compile", seen)
+    layer = make_layer(name, device="cuda")
+    for tokens in (3, 77, 1533):  # which no other test takes
+        x, ids, weights = make_input(tokens, "cuda")
+        kernel = importlib.import_module("mx_kernels.kernels.moe")
+        assert layer.launch(x, ids, weights) is None
+        for plan in kernel._plans.values():
+            for run, _ in plan.launches:
+                run.kernel.device_caches.clear()
+        kernel._plans.clear()
+        together.clear()
+        assert layer.launch(x, ids, weights) is None
+        assert together
+        assert not alone
+        steps(layer, x, ids, weights)
+        assert not alone
+        assert layer.launch(x, ids, weights) is not None
 
 
 @pytest.mark.gpu

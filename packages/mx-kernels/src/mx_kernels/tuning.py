@@ -15,7 +15,8 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters).
   h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product
   takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied instead, one by one, three
-  warpgroups gain from r = 72 (4 bits) or 80 to 160, two from 224 on. Plain weights, which nothing decodes, gain from r = 512 on.
+  warpgroups gain from r = 68 to 160 where their tiles come in full rounds, else from 72 (4 bits) or 80, two from 224 on. Plain weights,
+  which nothing decodes, gain from r = 512 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all full blocks of an expert do, where a wave of programs would otherwise be one block's, and blocks that are not
   full come last: what takes equally long keeps in step and finds in that cache what others have brought there.
@@ -35,12 +36,15 @@ SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likew
 LONG, SHORT = 2048, 768  # columns from which on that kernel gains, and where h is in slot order
 GATHERED = 5120  # weight rows from which on tokens are brought into slot order for a product
 SMALL, LARGE = 160, 256  # pairs of its blocks
-FEW = {True: ((0, 166), (254, 322)), False: ((0, 162), (260, 312))}
+FEW = {True: ((0, 155), (254, 322)), False: ((0, 151), (260, 312))}
 """Pairs an expert, from and to, where small blocks are expected to cost less than large ones, by whether codes have four bits
 (``test_tuning.py`` has the costs that were measured, and the model)."""
-LEAST = 160  # pairs an expert from which on large blocks gain where rows lie in slot order
+LEAST = 151  # pairs an expert from which on large blocks gain where rows lie in slot order
 MANY = 224  # pairs an expert from which on they gain wherever x lies
 PLAIN = 512  # the same of plain weights, where rows lie in slot order or weights are narrow
+FILLED = (
+    0.95  # of its rounds of tiles that a product fills, where small blocks with copied rows gain from fewer pairs on
+)
 NARROW = 0.8  # what a tile of 128 weight rows costs in such small blocks, of one of 192
 RING = SHARED - (20 << 10)  # bytes of shared memory for its stages, beside tables, notes and results on their way out
 
@@ -113,8 +117,11 @@ def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
         return 0
     if p.element == "":
         return PLAIN if block == LARGE and (slots or p.n < GATHERED) else 0
+    if block == SMALL and slots:
+        return 56 if p.element == "e2m1" else 64
     if block == SMALL:
-        return (64 if slots else 80) if p.element != "e2m1" else (56 if slots else 72)
+        rounds = -(-p.n // 192) * p.num_experts / UNITS  # of tiles, one for each multiprocessor
+        return 68 if rounds > FILLED * math.ceil(rounds) else 72 if p.element == "e2m1" else 80
     return LEAST if slots else MANY
 
 

@@ -12,6 +12,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +190,22 @@ class Launch:
             _log.info("%s goes on by Triton's launcher: %s", made.name, reason)
         for other in self.others:
             other._take(made, given)
+
+
+def compile_together(runs: Sequence[tuple[Launch, Sequence[torch.dtype | None]]]) -> None:
+    """Compile those launches that nobody has compiled yet at once, a thread for each, for tensors of such dtypes (None: absent), aligned to
+    16 bytes. Triton has the kernels when they are launched: the first call waits for the slowest instead of for one after another.
+
+    What does not compile is left to its launch, which raises.
+    """
+    todo = [(run, types) for run, types in runs if run.compiled is None]
+    if len(todo) < 2:
+        return
+    with ThreadPoolExecutor(len(todo)) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        for run, types in todo:
+            boxed = {place: describe(0) for place, describe in run.boxes}
+            given = [boxed.get(i, held) for i, held in enumerate(types)]
+            run.kernel.warmup(*given, *run.values, grid=run.grid, **run.options)
 
 
 RESERVED = 1024  # bytes of shared memory that a program takes beyond its own (NVIDIA, sm_80 and up): with them one may have all there is

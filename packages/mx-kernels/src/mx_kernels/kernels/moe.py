@@ -25,7 +25,7 @@ from ..packed_gemm import flat_product
 from ..slots import layer_slots
 from . import align, combine, grouped_gemm, slots
 from .chain import Links, chain
-from .launch import Launch, current_stream, ready
+from .launch import Launch, compile_together, current_stream, ready
 
 if TYPE_CHECKING:
     from ..moe import PackedLayer, RebasedLayer
@@ -42,7 +42,7 @@ class Plan:
 
     launches: each with the places of its tensors in the list of addresses, which has GIVEN, the layer's tensors, the workspace's parts
     at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None: ``addresses`` in all. size: of the
-    workspace, in bytes.
+    workspace, in bytes. types: of each launch's tensors, where all of them are known.
     """
 
     launches: tuple[tuple[Launch, tuple[int, ...]], ...]
@@ -50,6 +50,7 @@ class Plan:
     size: int
     counters: int
     addresses: int
+    types: tuple[tuple[torch.dtype | None, ...], ...] = ()
 
     @functools.cached_property
     def links(self) -> Links | None:
@@ -81,6 +82,8 @@ def launch(
         if len(_plans) >= _PLANS:
             _plans.clear()
         plan = _plans[key] = planned(layer, x, ids, weights, *options)
+        if plan.types and ready(device):
+            compile_together([(run, types) for (run, _), types in zip(plan.launches, plan.types, strict=True)])
     for run, _ in plan.launches:
         if run.compiled is None:
             return None
@@ -105,8 +108,15 @@ def launch(
     return out
 
 
-def plan_of(layer: PackedLayer | RebasedLayer, launches: list[Named], parts: dict[str, int], counters: int) -> Plan:
-    """Launches with the names of their tensors, and the bytes of the workspace's parts, as a plan; a name that is nowhere is None."""
+def plan_of(
+    layer: PackedLayer | RebasedLayer,
+    launches: list[Named],
+    parts: dict[str, int],
+    counters: int,
+    types: dict[str, torch.dtype] | None = None,
+) -> Plan:
+    """Launches with the names of their tensors, and the bytes of the workspace's parts, as a plan; a name that is nowhere is None.
+    types: of the tensors, where each has one for all launches."""
     ends = [*itertools.accumulate(-(-size // 256) * 256 for size in parts.values())]
     names = (*GIVEN, *layer.tensors, *parts, "counters", "")
     place = {name: i for i, name in enumerate(names)}
@@ -117,6 +127,7 @@ def plan_of(layer: PackedLayer | RebasedLayer, launches: list[Named], parts: dic
         ends[-1],
         counters,
         len(names),
+        tuple(tuple(types.get(name) for name in listed) for _, listed in launches) if types else (),
     )
 
 
@@ -131,7 +142,7 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     rows = block_size(pairs, experts, device, w13, slots=plain and dtype == torch.bfloat16)
     parts = {"h": 0, "y": 0}  # bytes in the workspace, set below
     if stays_unsorted(ids, experts, expert_map, True):
-        where = ("", "ids", "")
+        where = ("", "ids", "ids")
         tiles = Alignment(ids, experts, rows, None, ids.view(-1), ids.view(-1)[:0])
     else:
         where = ("sorted_ids", "expert_ids", "num_padded")
@@ -167,4 +178,8 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
         launches.append((run, tuple(name if name in there else result for name in names)))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
     launches.append((total, ("y", "ids", "expert_map", "", "out")))
-    return plan_of(layer, launches, parts, max(one.counters, two.counters))
+    types = dict.fromkeys(("counters", *parts), torch.int32) | {name: t.dtype for name, t in layer.tensors.items()}
+    types |= dict.fromkeys(("x", "out", "h", "y"), dtype) | {"ids": ids.dtype, "weights": weights.dtype}
+    types |= {w: torch.int32 for w, of in (("w13", w13), ("w2", w2)) if of.format is not None}
+    types |= {f"{w}_partial": torch.float32 for w in ("w13", "w2")}
+    return plan_of(layer, launches, parts, max(one.counters, two.counters), types)

@@ -43,8 +43,9 @@ def descriptor(base: Tensor | int, shape: tuple[int, int], box: tuple[int, int])
 
 @gluon.constexpr_function
 def levels_of(BM):
-    """Numbers of pairs that there are loops for in blocks of BM: a block takes the first that holds its own."""
-    return (64, 96, 128, 160) if BM == 160 else (BM // 4, BM // 2, BM)
+    """Numbers of pairs that there are loops for in blocks of BM: a block takes the first that holds its own. Each is one product a
+    step, or two of a power of two pairs."""
+    return (64, 96, 128, 160) if BM == 160 else (64, 128, 192, 256)
 
 
 @gluon.constexpr_function
@@ -282,7 +283,8 @@ def _load_boxes(
     xs, xt, ws, ss, full, empty = ring
     UNITS: gl.constexpr = 1 if KIND == "e2m1" else 2  # of a step's columns, each a tile of ``packing.py``
     WORDS: gl.constexpr = 32 // BLOCK  # of scales of a row and 128 columns
-    ROWS: gl.constexpr = 2 * N * BK if TOP_K == 0 else 0  # bytes of x
+    BOXES: gl.constexpr = (N + BOX - 1) // BOX if TOP_K == 0 else 0
+    ROWS: gl.constexpr = 2 * BOXES * BOX * BK  # bytes of x
     k0 = 0
     for step in range(gl.cdiv(k, BK)):
         mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -302,9 +304,8 @@ def _load_boxes(
                     _copy_box(w, [row, 0], full.index(stage), ws.index(place).slice(i * LINES, LINES, 0))
                 at = [s_row + step // 2, (strip0 * 16 + g * PART) * WORDS]
                 _copy_box(s, at, full.index(stage), ss.index(place), pred=even)
-        if TOP_K == 0:
-            for i in gl.static_range(N // BOX):
-                _copy_box(x, [first + i * BOX, k0], full.index(stage), rows_of(xs, xt, stage, i * BOX, BOX))
+        for i in gl.static_range(BOXES):
+            _copy_box(x, [first + i * BOX, k0], full.index(stage), rows_of(xs, xt, stage, i * BOX, BOX))
         stage, phase = following(stage, phase, STAGES)
         k0 += BK
         if TAIL:

@@ -181,11 +181,12 @@ def _issued(a, ring, stage, acc, rest, N: gl.constexpr):
 
 
 @gluon.jit
-def _ended(acc, rest, N: gl.constexpr):
+def _ended(acc, rest, N: gl.constexpr, BUT: gl.constexpr = 0):
+    """Wait for all products but those of the last BUT steps."""
     if main_of(N) < N:
-        acc, rest = warpgroup_mma_wait(0, deps=[acc, rest])
+        acc, rest = warpgroup_mma_wait(2 * BUT, deps=[acc, rest])
     else:
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = warpgroup_mma_wait(BUT, deps=[acc])
     return acc, rest
 
 
@@ -203,7 +204,7 @@ def plain_tile(ring, stage, phase, k, OF: gl.constexpr, GROUPS: gl.constexpr, N:
     for step in range(gl.cdiv(k, BK)):
         mbarrier.wait(full.index(stage), phase)
         acc, rest = _issued(ws.index(stage * GROUPS + OF), ring, stage, acc, rest, N)
-        acc = warpgroup_mma_wait(1, deps=[acc])
+        acc, rest = _ended(acc, rest, N, 1)
         _barrier()
         mbarrier.arrive(empty.index(_in_front(stage, STAGES)), count=1, pred=step > 0)
         stage, phase = following(stage, phase, STAGES)

@@ -236,8 +236,8 @@ def test_the_first_call_compiles_what_it_launches_together(monkeypatch, name):
         (alone if triton.runtime._async_compile.active_mode.get() is None else together).append(kernel)
         return compiles(kernel, *args, **kwargs)
 
+    layer = make_layer(name, device="cuda")  # which compiles what quantizes and packs
     monkeypatch.setattr(jit.JITFunction, "_do_compile", seen)
-    layer = make_layer(name, device="cuda")
     for tokens in (3, 77, 1533):  # which no other test takes
         x, ids, weights = make_input(tokens, "cuda")
         kernel = importlib.import_module("mx_kernels.kernels.moe")

@@ -15,7 +15,7 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters).
   h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product
   takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied instead, one by one, three
-  warpgroups gain from r = 68 to 160 where their tiles come in full rounds, else from 72 (4 bits) or 80, two from 224 on. Plain weights,
+  warpgroups gain from r = 68 to 155 where their tiles come in full rounds, else from 72 (4 bits) or 80, two from 151 on. Plain weights,
   which nothing decodes, gain from r = 512 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all full blocks of an expert do, where a wave of programs would otherwise be one block's, and blocks that are not
@@ -39,8 +39,8 @@ SMALL, LARGE = 160, 256  # pairs of its blocks
 FEW = {True: ((0, 155), (254, 322)), False: ((0, 151), (260, 312))}
 """Pairs an expert, from and to, where small blocks are expected to cost less than large ones, by whether codes have four bits
 (``test_tuning.py`` has the costs that were measured, and the model)."""
-LEAST = 151  # pairs an expert from which on large blocks gain where rows lie in slot order
-MANY = 224  # pairs an expert from which on they gain wherever x lies
+LEAST = 151  # pairs an expert from which on large blocks gain
+MANY = 224  # the same of products that are not a layer's, or whose results are rounded
 PLAIN = 512  # the same of plain weights, where rows lie in slot order or weights are narrow
 FILLED = (
     0.95  # of its rounds of tiles that a product fills, where small blocks with copied rows gain from fewer pairs on
@@ -122,7 +122,7 @@ def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
     if block == SMALL:
         rounds = -(-p.n // 192) * p.num_experts / UNITS  # of tiles, one for each multiprocessor
         return 68 if rounds > FILLED * math.ceil(rounds) else 72 if p.element == "e2m1" else 80
-    return LEAST if slots else MANY
+    return LEAST
 
 
 def small_rows(p: Problem, units: int) -> int:
@@ -149,9 +149,11 @@ def specialized_block(p: Problem, slots: bool) -> int:
     if ordered and p.k % 64 == 0 and p.n % 128 == 0:  # whole steps of both products, gates and ups being half of n
         least = specialized_from(p, wide, SMALL)
         # where narrow weights' rows are copied, small blocks do not gain with more than one an expert
-        if 0 < least * experts <= pairs and (wide or pairs <= LEAST * experts) and small_blocks(p):
+        if 0 < least * experts <= pairs and (wide or pairs <= SMALL * experts) and small_blocks(p):
             return SMALL
     large = slots_from(p, True) if wide else specialized_from(p, False)
+    if large and not ordered:
+        large = max(large, MANY)
     return LARGE if 0 < large * experts <= pairs else 0
 
 

@@ -42,9 +42,7 @@ FEW = {True: ((0, 155), (254, 322)), False: ((0, 151), (260, 312))}
 LEAST = 151  # pairs an expert from which on large blocks gain
 MANY = 224  # the same of products that are not a layer's, or whose results are rounded
 PLAIN = 512  # the same of plain weights, where rows lie in slot order or weights are narrow
-FILLED = (
-    0.95  # of its rounds of tiles that a product fills, where small blocks with copied rows gain from fewer pairs on
-)
+FILLED = 0.95  # of its rounds of tiles, where small blocks with copied rows gain from fewer pairs an expert on
 NARROW = 0.8  # what a tile of 128 weight rows costs in such small blocks, of one of 192
 RING = SHARED - (20 << 10)  # bytes of shared memory for its stages, beside tables, notes and results on their way out
 

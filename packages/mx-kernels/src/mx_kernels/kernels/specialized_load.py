@@ -283,7 +283,7 @@ def _load_boxes(
     xs, xt, ws, ss, full, empty = ring
     UNITS: gl.constexpr = 1 if KIND == "e2m1" else 2  # of a step's columns, each a tile of ``packing.py``
     WORDS: gl.constexpr = 32 // BLOCK  # of scales of a row and 128 columns
-    BOXES: gl.constexpr = (N + BOX - 1) // BOX if TOP_K == 0 else 0
+    BOXES: gl.constexpr = N // BOX if TOP_K == 0 else 0
     ROWS: gl.constexpr = 2 * BOXES * BOX * BK  # bytes of x
     k0 = 0
     for step in range(gl.cdiv(k, BK)):

@@ -44,7 +44,7 @@ GELU = mk.Activation("gelu_tanh", limit=1.5)
 @pytest.mark.parametrize("act", [SILU, OAI, GELU, None], ids=["silu", "oai", "gelu", "none"])
 @pytest.mark.parametrize("f", [*FORMATS, None], ids=str)
 def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
-    """Every level (256, 128, 64 pairs), rows of x and of the result in the order of pairs and of slots."""
+    """Every level (256, 192, 128, 64 pairs), rows of x and of the result in the order of pairs and of slots."""
     for problem in drawn(f, act):
         want = problem.product(128, TWO_PROGRAMS)
         assert want.isfinite().all()

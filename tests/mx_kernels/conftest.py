@@ -1,4 +1,4 @@
-"""The ``aot`` and ``native`` fixtures: modules beside this file (they import Triton, so they are loaded only where a test asks).
+"""The ``aot``, ``native`` and ``pieces`` fixtures: modules beside this file (they import Triton, so they are loaded only where a test asks).
 
 ``interpreted(code)`` runs code in this folder in Triton's interpreter, which a process has for all kernels or for none.
 """
@@ -45,3 +45,8 @@ def aot():
 @pytest.fixture(scope="session")
 def native(aot):
     return _load("native")
+
+
+@pytest.fixture(scope="session")
+def pieces():
+    return _load("pieces")

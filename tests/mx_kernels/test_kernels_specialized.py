@@ -15,7 +15,7 @@ import mx_kernels as mk
 from mx_kernels.packed_gemm import flat_product
 from mx_kernels.tuning import Config
 
-from .test_specialized import FORMATS, OAI, SILU, SMALL, SPECIALIZED, TWO_PROGRAMS, kernel
+from .test_specialized import FORMATS, JOINED, OAI, SILU, SMALL, SPECIALIZED, TWO_PROGRAMS, kernel
 
 __all__ = ["kernel"]  # a fixture
 
@@ -90,6 +90,70 @@ def test_small_blocks_compute_the_same(kernel, f, act):
         assert torch.equal(problem.product(160, rows, slots, torch.bfloat16), want)
 
 
+FEW_OVER = (256 + 32, 257, 256, 256 + 33, 1, 0, 512 + 32, 31, 1024 + 5, 255, 768, 512 + 33, 300)  # pairs of each expert
+
+
+def exactly(counts: tuple[int, ...], top_k: int = 1) -> torch.Tensor:
+    """Ids [tokens, top_k] of so many pairs for each expert in any order, and a few dropped ones."""
+    ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    ids = torch.cat([ids, torch.full((8 + -len(ids) % top_k,), -1)])
+    return ids[torch.randperm(len(ids))].view(-1, top_k).int().cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("act", [OAI, None], ids=["oai", "none"])
+@pytest.mark.parametrize("f", [mk.MXFP8, mk.MXFP6_E2M3, mk.MXFP4, mk.NVFP4], ids=str)
+def test_last_blocks_of_few_pairs_join_the_one_in_front(kernel, f, act, group):
+    """The same bits, whatever they begin with: experts of 256 pairs and some, rows anywhere and in slot order."""
+    config = replace(JOINED, group=group)
+    for n, k in ((256, 256), (304, 384)):
+        ids = exactly(FEW_OVER, 2 if act else 1)
+        experts, tokens = len(FEW_OVER), ids.shape[0]
+        w = mk.quantize(torch.randn(experts, n, k, device="cuda") * k**-0.5, f)
+        p = mk.pack(w, gated=act is not None, layout=act.layout if act else "concatenated")
+        x = torch.randn(tokens, k, device="cuda").bfloat16()
+        bias = torch.randn(experts, n, device="cuda") if n == 304 else None
+        weight = torch.rand(ids.numel(), device="cuda")
+        problem = Drawn(kernel, act, p, x, ids, ids.shape[1], bias, weight, experts)
+        want = problem.product(128, TWO_PROGRAMS)
+        assert want.isfinite().all()
+        for slots in (True, False):
+            assert torch.equal(problem.product(256, config, slots), want)
+        want = problem.product(128, TWO_PROGRAMS, out=torch.bfloat16)
+        most = replace(config, stages=5 if f.element.bits == 4 else 4)
+        for slots in (True, False):
+            assert torch.equal(problem.product(256, most, slots, torch.bfloat16), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("largest", "block"), [(160, 160), (256, 256), (288, 256)])
+def test_pieces_of_an_alignment(pieces, group, largest, block):
+    """Each weight tile of each block once with the level of what it has to multiply, none of one that joins another."""
+    counts, tiles = (*FEW_OVER, 64, 65, 160 + 32, 160 + 33), 5
+    ids = exactly(counts)
+    made = mk.moe_align_block_size(ids, block, len(counts), sort=True)
+    blocks = int(made.num_padded) // block
+    found = torch.full((blocks * tiles, 4), -7, dtype=torch.int32, device="cuda")
+    pieces.pieces_kernel[(1,)](
+        found, made.sorted_ids, made.expert_ids, made.num_padded, ids.numel(), group, tiles, BM=largest, num_warps=4
+    )
+    levels, want = pieces.LEVELS[largest], set()
+    for e, n in enumerate(counts):
+        parts = [block] * (n // block) + [n % block] * (n % block > 0)
+        if len(parts) > 1 and largest > block and parts[-1] <= largest - block:
+            parts[-2:] = [sum(parts[-2:])]
+        first = int((made.expert_ids == e).nonzero()[0]) if parts else 0
+        for i, part in enumerate(parts):
+            level = next(at for at, most in enumerate(levels) if part <= most)
+            want |= {(first + i, tile, e, level) for tile in range(tiles)}
+    assert (largest == 288) == any(level == 4 for _, _, _, level in want)
+    rows = [tuple(row) for row in found.tolist()]
+    assert len({row[:2] for row in rows}) == blocks * tiles
+    assert {row for row in rows if row[2] >= 0} == want
+
+
 @dataclass
 class Drawn:
     """A random problem, and its products for live pairs."""
@@ -102,11 +166,12 @@ class Drawn:
     top_k: int
     bias: torch.Tensor | None
     weight: torch.Tensor | None
+    experts: int = 9
 
     def product(
         self, block: int, config: Config, slots: bool = False, out: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        tiles = mk.moe_align_block_size(self.ids, block, 9, sort=True)
+        tiles = mk.moe_align_block_size(self.ids, block, self.experts, sort=True)
         x, top_k = (mk.gather_rows(self.x, tiles, top_k=self.top_k), 0) if slots else (self.x, self.top_k)
         args = flat_product(x, self.packed, tiles, top_k, mk.Epilogue(self.bias, self.act), self.weight, out, slots)
         y = self.kernel.grouped_gemm_packed(*args, config)
@@ -138,17 +203,16 @@ def test_fewer_tiles_than_programs_or_none(kernel):
         ids[ids >= live] = -1
         x = torch.randn(tokens, 256, device="cuda").bfloat16()
         outputs = []
-        for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256), (SMALL, 160)):
+        for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256), (JOINED, 256), (SMALL, 160)):
             tiles = mk.moe_align_block_size(ids, block, 8, sort=True)
             args = flat_product(x, p, tiles, 2, mk.Epilogue(), None, torch.bfloat16)
             outputs.append(kernel.grouped_gemm_packed(*args, config)[(ids >= 0).flatten()])
             assert not kernel.counters(x.device, 1).any()
-        assert torch.equal(outputs[0], outputs[1])
-        assert torch.equal(outputs[0], outputs[2])
+        assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["pairs", "slots", "small"])
+@pytest.mark.parametrize("how", ["pairs", "slots", "small", "joined"])
 def test_more_blocks_than_are_looked_up(kernel, how):
     """Over 1024 blocks each walks the weight tiles alone; up to there those of an expert do so together, in parts of equal size."""
     p = mk.pack(mk.quantize(torch.randn(3, 288, 128, device="cuda") * 0.1, mk.MXFP8))
@@ -156,7 +220,8 @@ def test_more_blocks_than_are_looked_up(kernel, how):
         ids = routing(tokens, 3, 2, 0.5)
         x = torch.randn(tokens, 128, device="cuda").bfloat16()
         outputs = []
-        for config, block in ((TWO_PROGRAMS, 128), (SMALL, 160) if how == "small" else (SPECIALIZED, 256)):
+        taken = {"small": (SMALL, 160), "joined": (JOINED, 256)}.get(how, (SPECIALIZED, 256))
+        for config, block in ((TWO_PROGRAMS, 128), taken):
             tiles = mk.moe_align_block_size(ids, block, 3, sort=True)
             boxed = how != "pairs" and block > 128
             source = mk.gather_rows(x, tiles, top_k=2) if boxed else x
@@ -174,14 +239,13 @@ def test_experts_of_a_layer_that_are_elsewhere(kernel):
     x = torch.randn(3000, 512, device="cuda").bfloat16()
     here = torch.where(ids >= 0, expert_map[ids.clamp(min=0).long()], -1).flatten() >= 0
     outputs = []
-    for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256), (SMALL, 160)):
+    for config, block in ((TWO_PROGRAMS, 128), (SPECIALIZED, 256), (JOINED, 256), (SMALL, 160)):
         tiles = mk.moe_align_block_size(ids, block, 3, expert_map, sort=True)
         boxed = block == 160
         rows = mk.gather_rows(x, tiles, top_k=2) if boxed else x
         args = flat_product(rows, p, tiles, 0 if boxed else 2, mk.Epilogue(activation=SILU), None, torch.bfloat16)
         outputs.append(kernel.grouped_gemm_packed(*args, config)[here])
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[0], outputs[2])
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from mx_kernels.tuning import Config, Problem, choose_config
 SILU = mk.Activation("silu")
 OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.0)
 SPECIALIZED = Config(256, 128, 64, 4, 4, group=4, specialized=True)  # two warpgroups that multiply
+JOINED = replace(SPECIALIZED, group=1, join=32)  # last blocks of few pairs join the one in front
 SMALL = Config(160, 192, 64, 4, 6, group=2, specialized=True)  # three
 TWO_PROGRAMS = Config(128, 128, 64, 4, 4, levels=3)
 FORMATS = [mk.MXFP8, mk.MXFP8_E5M2, mk.MXFP6_E2M3, mk.MXFP4, mk.NVFP4]
@@ -68,9 +69,11 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
         ("e4m3", 64, 5760, 2880, 160, 128),
         ("e5m2", 151, 5760, 2880, 160, 128),
         ("e5m2", 152, 5760, 2880, 256, 128),
-        ("e2m1", 155, 5760, 2880, 160, 128),
-        ("e2m1", 168, 5760, 2880, 256, 128),  # most experts need a second block of 160
-        ("e2m1", 256, 5760, 2880, 160, 256),  # which holds what half of them have over 256 too
+        ("e2m1", 151, 5760, 2880, 160, 128),
+        ("e2m1", 152, 5760, 2880, 256, 128),  # many experts need a second block of 160
+        ("e2m1", 256, 5760, 2880, 256, 256),
+        ("e2m1", 300, 5760, 2880, 160, 256),  # which holds what most of them have over 256
+        ("e4m3", 300, 5760, 2880, 160, 256),
         ("e2m1", 448, 5760, 2880, 256, 256),
         ("e2m1", 128, 5760, 2912, 128, 128),  # half a step
         ("e2m1", 128, 5792, 2880, 128, 128),  # likewise, of the second product
@@ -82,8 +85,8 @@ def test_where_it_was_measured_to_be_faster(experts, pairs, n, k, pairs_order, s
         ("e2m1", 72, 2048, 2048, 160, 128),
         ("e4m3", 79, 2048, 2048, 128, 128),
         ("e4m3", 80, 2048, 2048, 160, 128),
-        ("e2m1", 155, 1536, 2048, 160, 128),
-        ("e2m1", 156, 1536, 2048, 256, 128),
+        ("e2m1", 151, 1536, 2048, 160, 128),
+        ("e2m1", 152, 1536, 2048, 256, 128),
         ("e4m3", 152, 1536, 2048, 256, 128),
         ("e2m1", 128, 1408, 2048, 128, 128),  # whose second product's rows are short
         ("e2m1", 223, 1536, 2048, 256, 128),
@@ -190,9 +193,12 @@ def test_small_blocks(kernel, monkeypatch):
     assert plan.constants[:2] == (32, 5)
     with pytest.raises(ValueError, match="specialized"):
         meta_product(*plain, SMALL, block=160, slots=True)
-    for config, block in ((SMALL, 256), (SPECIALIZED, 160), (replace(SMALL, rows=64), 160)):
+    more = (SMALL, 256), (SPECIALIZED, 160), (replace(SMALL, rows=64), 160), (replace(SMALL, join=32), 160)
+    for config, block in (*more, (replace(SPECIALIZED, join=16), 256)):
         with pytest.raises(ValueError, match="specialized"):
             meta_product(*args, config, block=block, slots=True)
+    with pytest.raises(ValueError, match="of plain weights none"):
+        meta_product(*plain, JOINED, slots=True)
     with pytest.raises(ValueError, match="takes 64 pairs, which do not divide blocks of 160"):
         meta_product(*args, Config(64, 128, 64, 4, 3), block=160)
     with pytest.raises(ValueError, match="blocks of 80 pairs"):
@@ -253,13 +259,32 @@ def compiled(aot, kernel, plan, tensors, spills=0):
                 (None, "slots"),
                 (OAI, "small"),
                 (None, "narrow"),
+                (SILU, "joined pairs"),
+                (None, "joined"),
             )
         ),
         (mk.MXFP8_E5M2, SILU, "slots"),
-        *((mk.MXFP4, act, how) for act, how in ((OAI, "pairs"), (OAI, "slots"), (None, "small"), (None, "narrow"))),
+        *(
+            (mk.MXFP4, act, how)
+            for act, how in (
+                (OAI, "pairs"),
+                (OAI, "slots"),
+                (None, "small"),
+                (None, "narrow"),
+                (OAI, "joined"),
+                (SILU, "joined pairs"),
+            )
+        ),
         *(
             (mk.NVFP4, act, how)
-            for act, how in ((None, "pairs"), (SILU, "slots"), (SILU, "small pairs"), (SILU, "narrow pairs"))
+            for act, how in (
+                (None, "pairs"),
+                (SILU, "slots"),
+                (SILU, "small pairs"),
+                (SILU, "narrow pairs"),
+                (SILU, "joined pairs"),
+                (None, "joined"),
+            )
         ),
     ],
     ids=lambda v: v if isinstance(v, str) else str(v) if v in FORMATS else {SILU: "silu", OAI: "oai", None: "gemm2"}[v],
@@ -268,19 +293,22 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
     """Products from registers; weights by the copy engine, and x where it lies in slot order."""
     k = 2880 if f is mk.MXFP4 else 2048
     narrow, slots = "narrow" in how, "pairs" not in how
-    small = narrow or "small" in how
+    small, joined = narrow or "small" in how, "joined" in how
     block, kind = 160 if small else 256, f.element.name if f.element.bits == 4 or f is mk.MXFP8_E5M2 else "e4m3"
     config = choose_config(
-        Problem(kind, f.block, 8192, 8, 256 if narrow else 28672, k), block, specialized=True, slots=slots
+        Problem(kind, f.block, 2112 if joined else 16384, 8, 256 if narrow else 28672, k),
+        block,
+        specialized=True,
+        slots=slots,
     )
-    assert config.rows == (192 if small and not narrow else 128)
-    assert config.stages == (5 if not small else (7 if kind == "e2m1" else 6) + narrow)
+    assert (config.rows, config.join) == (192 if small and not narrow else 128, 32 * joined)
+    assert config.stages == ((7 if kind == "e2m1" else 6) + narrow if small else 5 if kind == "e2m1" or not joined else 4)
     plan, tensors = meta_product(kernel, monkeypatch, f, k, act, config, slots=slots, block=block)
-    made = compiled(aot, kernel, plan, tensors, 40 if small else 0)
-    # of x four to one of 64 rows for 256, 192, 128 and 64 pairs, or of 32 rows five to two; the weights, 32 or 64 columns of 64 rows, and
-    # their scales
-    boxes, groups = (5 + 4 + 3 + 2, 2 if narrow else 3) if small else (4 + 3 + 2 + 1, 2)
-    assert made.opcodes()["UTMALDG"] == boxes * slots + 4 * groups * (2 if f.element.bits == 4 else 3)
+    made = compiled(aot, kernel, plan, tensors, 40 if small or joined else 0)
+    # of x four to one of 64 rows for 256, 192, 128 and 64 pairs, or of 32 rows five to two or nine to two; the weights, 32 or 64 columns of
+    # 64 rows, and their scales
+    boxes, groups = (5 + 4 + 3 + 2, 2 if narrow else 3) if small else (9 + 8 + 6 + 4 + 2 if joined else 4 + 3 + 2 + 1, 2)
+    assert made.opcodes()["UTMALDG"] == boxes * slots + (4 + joined) * groups * (2 if f.element.bits == 4 else 3)
     assert (made.opcodes()["LDGSTS"] > 0) == (not slots)
     loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 8 and len(body) < 400]
     for pairs in (128, 64) if small else (256, 128, 64):

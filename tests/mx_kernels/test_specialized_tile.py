@@ -15,6 +15,7 @@ load = pytest.importorskip("mx_kernels.kernels.specialized_load", exc_type=Impor
 tile = pytest.importorskip("mx_kernels.kernels.specialized_tile", exc_type=ImportError)
 
 SECONDS = 5  # until who waits is given up
+JOINS = -1  # in place of a block's level: it joins the one in front
 
 
 class Barrier:
@@ -111,6 +112,7 @@ def plain_python(**replaced):
         "mbarrier": mbarrier,
         "main_of": lambda n: 1 << (n.bit_length() - 1),
         "lag_of": lambda n: min(2, n - 2),
+        "block_of": lambda n: 256 if n == 288 else n,
     }
     space |= {"_barrier": lambda: None, "fence_async_shared": lambda: None}
     return SimpleNamespace(**(space | {"space": space})), space.update(replaced)
@@ -140,10 +142,10 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
     world = threading.Condition()
     full, empty = (Places(Barrier(world, n) for _ in range(stages)) for n in (2 if copied else 1, groups))
     xs, xt = (Places(Place(groups) for _ in range(stages)) for _ in range(2))
-    xs.shape = (stages, 128 if pairs == 160 else 256)
+    xs.shape = (stages, 128 if pairs == 160 else 256)  # what is over lies in xt
     ws, ss = (Places(Place(1) for _ in range(stages * groups)) for _ in range(2))
     ring = (xs, xt, ws, ss, full, empty)
-    box, units, tail = 32 if pairs == 160 else 64, 1 if kind == "e2m1" else 2, int(k % 128 != 0)
+    box, units, tail = 64 if pairs == 256 else 32, 1 if kind == "e2m1" else 2, int(k % 128 != 0)
     seen, errors, current = [[] for _ in range(groups)], [], [0]
 
     def copy_box(source, at, barrier, target, pred=True):
@@ -180,7 +182,7 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
         flying = []
 
         def issued(a, ring, stage, acc, rest, n):
-            flying.append((a, [xs[stage], xt[stage]] if n in (96, 160) and n > xs.shape[1] else [xs[stage]]))
+            flying.append((a, [xs[stage], xt[stage]] if n > xs.shape[1] else [xs[stage]]))
             return acc, rest
 
         def wait(pending, deps=()):
@@ -244,6 +246,8 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
         ("", 2, 256, (256, 64, 192, 128), False),
         ("e2m1", 2, 256, (64, 256, 128), False),
         ("e4m3", 2, 256, (128, 192, 256), True),
+        ("e2m1", 2, 288, (288, 64, 256, 288), False),
+        ("e4m3", 2, 288, (192, 288, 128), True),
         ("e4m3", 3, 160, (160, 96, 64, 128, 160), False),
         ("e2m1", 3, 160, (128, 160, 64, 96), True),
     ],
@@ -263,35 +267,51 @@ def test_every_step_finds_its_own(kind, groups, pairs, levels, copied, stages, k
 
 @pytest.mark.compile
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("largest", [256, 288])
 @pytest.mark.parametrize(
     "levels",
-    [[[2] * 5 + [0], [2], [], [1], [2, 2]], [[0]], [[2, 2, 2]], [[1], [2] * 7 + [1]] * 9, [[2] * 3 + [1]] * 256],
+    [
+        [[2] * 5 + [0], [2], [], [1], [2, 2]],
+        [[0]],
+        [[2, 2, 2]],
+        [[1], [2] * 7 + [1]] * 9,
+        [[2] * 3 + [1]] * 256,
+        [[2, 2, 3, JOINS], [3, JOINS], [0], [2], [2, 1]],
+        [[2] * 4 + [3, JOINS]] * 170,
+    ],
 )
-def test_pieces(group, levels):
-    """Each weight tile of each block once; where blocks walk together, full ones first, those of an expert side by side."""
+def test_pieces(group, largest, levels):
+    """Each weight tile of each block once, none of one that joins another; where blocks walk together, full ones first, those of an
+    expert side by side."""
     python, _ = plain_python(_entry=lambda table, i: Number(table[i]))
     table, full, tiles = load.TABLE.value, load.FULL.value, 5
-    blocks = [(e, level, len([n for n in held if n == 2])) for e, held in enumerate(levels) for level in held]
+    if largest == 256:
+        levels = [[0 if n == JOINS else min(n, 2) for n in held] for held in levels]
+    blocks = [(e, level, len([n for n in held if n >= 2])) for e, held in enumerate(levels) for level in held]
     ids, runs, up_to = [], [], 0
     for b, (e, level, alike) in enumerate(blocks):
-        up_to += level == 2 and group > 1
+        up_to += level >= 2 if group > 1 else largest == 288 and level != JOINS
         start = next(i for i, other in enumerate(blocks) if other[0] == e)
-        run = start + alike * table if level == 2 and group > 1 else b + table
-        ids.append(e + 1 + up_to * full)
-        runs.append(run + level * 2 * table * table)
+        run = start + alike * table if level >= 2 and group > 1 else b + table
+        ids.append((e + 1 if level != JOINS else 0) + up_to * full)
+        runs.append(run + max(level, 0) * 2 * table * table)
     ids += [up_to * full] * (table - len(ids))
-    found = [
-        python.piece(Number(t), tiles, Number(len(blocks)), group, runs, ids, None, None, 0, 256)
+    drawn = [
+        python.piece(Number(t), tiles, Number(len(blocks)), group, runs, ids, None, None, 0, largest)
         for t in range(len(blocks) * tiles)
     ]
-    assert sorted((b, t) for b, t, _, _ in found) == [(b, t) for b in range(len(blocks)) for t in range(tiles)]
+    assert sorted((b, t) for b, t, _, _ in drawn) == [(b, t) for b in range(len(blocks)) for t in range(tiles)]
+    found = [piece for piece in drawn if piece[2] >= 0]
+    assert {b for b, _, _, _ in found} == {b for b, (_, level, _) in enumerate(blocks) if level != JOINS}
     assert all((e, level) == blocks[b][:2] for b, _, e, level in found)
-    if group > 1:
-        order = [level == 2 for _, _, _, level in found]
+    if group == 1:
+        assert drawn[: len(found)] == found, "what is left out comes last"
+    else:
+        order = [level >= 2 for _, _, _, level in found]
         assert order == sorted(order, reverse=True)
         together = {}
         for at, (b, t, e, level) in enumerate(found):
-            if level == 2:
+            if level >= 2:
                 together.setdefault((e, t), []).append((at, b))
         for (e, _), places in together.items():
             size = blocks[places[0][1]][2]

@@ -12,10 +12,11 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   takes 256 pairs.
 - Over long rows (K), where a device has warpgroup products (sm_90), warps that only load feed warps that only decode and multiply
   (``kernels/specialized.py``), where the rows of x lie in slot order (``slots.py``): three warpgroups in blocks of 160 pairs from r = 56
-  (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters).
+  (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters;
+  up to 32 pairs that are over 256 may join the block in front, ``joins``).
   h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product
   takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied instead, one by one, three
-  warpgroups gain from r = 68 to 155 where their tiles come in full rounds, else from 72 (4 bits) or 80, two from 151 on. Plain weights,
+  warpgroups gain from r = 68 to 151 where their tiles come in full rounds, else from 72 (4 bits) or 80, two from 151 on. Plain weights,
   which nothing decodes, gain from r = 512 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all full blocks of an expert do, where a wave of programs would otherwise be one block's, and blocks that are not
@@ -36,7 +37,9 @@ SHARED = 232448  # bytes of shared memory that a program may have (sm_90), likew
 LONG, SHORT = 2048, 768  # columns from which on that kernel gains, and where h is in slot order
 GATHERED = 5120  # weight rows from which on tokens are brought into slot order for a product
 SMALL, LARGE = 160, 256  # pairs of its blocks
-FEW = {True: ((0, 155), (254, 322)), False: ((0, 151), (260, 312))}
+JOIN = 32  # of a last block that the large one in front takes along
+SAVED = 0.29  # what that saves, of what a full large block costs
+FEW = {True: ((0, 151), (288, 316)), False: ((0, 151), (290, 310))}
 """Pairs an expert, from and to, where small blocks are expected to cost less than large ones, by whether codes have four bits
 (``test_tuning.py`` has the costs that were measured, and the model)."""
 LEAST = 151  # pairs an expert from which on large blocks gain
@@ -55,7 +58,8 @@ class Config:
     the K loop of a tile. group: blocks of pairs that walk the weight tiles together. levels: narrower loops (a half, a quarter of
     ``pairs``) for blocks with few pairs. mask: do not load rows of x that are not there. evict: eviction policy of weight loads.
     maxnreg: registers a thread, 0 for the compiler's choice. specialized: the kernel whose warps load or multiply, for 256 pairs and 128
-    rows, or 160 and 192 or 128; levels, mask, evict and maxnreg are its own.
+    rows, or 160 and 192 or 128; levels, mask, evict and maxnreg are its own. join: up to how many pairs of an expert's last block its
+    block in front takes along (of 256, in that kernel).
     """
 
     pairs: int
@@ -70,6 +74,7 @@ class Config:
     evict: str = ""
     maxnreg: int = 0
     specialized: bool = False
+    join: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,16 @@ def small_blocks(p: Problem) -> bool:
     """Whether blocks of ``SMALL`` pairs are expected to cost less than those of ``LARGE``: they do where few experts need a second one, or
     where it holds what many have over ``LARGE``."""
     return any(a * p.num_experts <= p.num_pairs <= b * p.num_experts for a, b in FEW[p.element == "e2m1"])
+
+
+def joins(p: Problem, slots: bool) -> bool:
+    """Whether large blocks should take last ones of up to ``JOIN`` pairs along, where an expert's pairs are normal with their mean as
+    variance: they cost others 2%, or, where rows are copied, 8-bit codes 4%, as fewer stages fit."""
+    each = p.num_pairs / p.num_experts
+    spread = math.sqrt(2 * each) or 1.0
+    last = round(each / LARGE) * LARGE + 0.5  # where the block behind would begin
+    few = (math.erf((last + JOIN - each) / spread) - math.erf((last - each) / spread)) / 2 if last > LARGE else 0.0
+    return few * SAVED > (0.02 if slots or p.element == "e2m1" else 0.04) * (each / LARGE + 0.1)
 
 
 def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
@@ -230,8 +245,9 @@ def choose_config(
             wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
             group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
         rows = small_rows(p, units) if pairs == SMALL else 128
-        stage = 128 * pairs + rows * (128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block)
-        return Config(pairs, rows, 64, 4, RING // stage, group=group, specialized=True)
+        join = JOIN if pairs == LARGE and p.element and joins(p, slots) else 0
+        stage = 128 * (pairs + join) + rows * (128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block)
+        return Config(pairs, rows, 64, 4, RING // stage, group=group, specialized=True, join=join)
     if p.element == "" and c.step == 128 and shared_bytes(c, p) > shared:
         c = replace(c, step=64, stages=2 * c.stages)  # more of which fit
     while c.stages > 2 and shared_bytes(c, p) > shared:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from ..tuned import config_for
-from ..tuning import LARGE, SHARED, SMALL, UNITS, Config, Problem, together
+from ..tuning import JOIN, LARGE, SHARED, SMALL, UNITS, Config, Problem, together
 from .launch import Launch, early_options, starts_early, takes_registers, target
 from .packed_kernel import DENSE, PAIR, SELF, SORTED, _grouped_gemm_packed_kernel
 
@@ -249,11 +249,17 @@ def _plan(
     if (
         config is not None
         and config.specialized
-        and not (served and config.pairs == block and (config.rows == 128 or (small and config.rows == 192)))
+        and not (
+            served
+            and config.pairs == block
+            and (config.rows == 128 or (small and config.rows == 192))
+            and config.join in ((0, JOIN) if block == LARGE and kind else (0,))
+        )
     ):
         raise ValueError(
             "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps) in sorted blocks "
-            "of 256 pairs, or quantized ones of 192 and more, by 192 or 128, in blocks of 160, all contiguous and 16-byte aligned, bf16 x, "
+            "of 256 pairs (32 or none of which join another, of plain weights none), or quantized ones of 192 and more, by 192 or 128, in "
+            "blocks of 160, all contiguous and 16-byte aligned, bf16 x, "
             "whole K tiles, gates exactly with an activation and results that are not rounded, on sm_90: give this product another one"
         )
     if config is not None and route == SORTED.value and block % config.pairs:
@@ -270,13 +276,13 @@ def _plan(
         from_row = s_stride[0] // s_stride[1] if kind != "" else 0
         sizes = (experts, n, k, strips, *strides[:2], from_row, stride[-2], num_pairs, c.group, alpha, beta, limit)
         constants = (
-            *(c.pairs, c.rows // 64, kind, problem.block, tail),
+            *(c.pairs + c.join, c.rows // 64, kind, problem.block, tail),
             *(-(-k // 64) % 2 == 0, c.stages, w_layout == "interleaved", act),
             *(limit != math.inf, not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots),
             *ROLES[c.rows, top_k == 0],
         )
         programs, options = min(units, blocks * -(-strips * 16 // c.rows)), {"num_warps": c.warps}
-        boxes = ((0, (shape[0], k), (box_of(c.pairs), 64)),) if top_k == 0 else ()
+        boxes = ((0, (shape[0], k), (box_of(c.pairs + c.join), 64)),) if top_k == 0 else ()
         if kind == "":
             boxes += ((1, (experts * rows, k), (PART.value, 64)),)
         else:

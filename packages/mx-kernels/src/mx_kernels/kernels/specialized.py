@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .epilogue import gate_and_up, gated
-from .specialized_load import BK, PART, TABLE, copies, fill_tables, job_of, levels_of, main_of, noted, released, sends
+from .specialized_load import BK, PART, TABLE, block_of, copies, fill_tables, job_of, levels_of, main_of, noted, released, sends
 from .specialized_tile import plain_tile, tile
 
 
@@ -138,7 +138,7 @@ def _multiplies(
     count = 0
     block, at, e, level = job_of(jobs, count)
     while block >= 0:
-        first = block * BM
+        first = block * block_of(BM)
         row0 = gl.minimum(at * STRIPS, strips - STRIPS) * 16 + OF * PART
         scale = 1.0
         if HAS_ALPHA:
@@ -175,8 +175,8 @@ def _grouped_gemm_specialized_kernel(
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TOP_K: gl.constexpr, TO_SLOTS: gl.constexpr,
     PRODUCT_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; w, s: packed, gates and ups where there is an activation; y [P, N_out], a row a slot where TO_SLOTS; bias [E, n]; blocks
-    of BM pairs. w and s, and x where TOP_K is 0, are ``boxed``.
+    """x [M, K]; w, s: packed, gates and ups where there is an activation; y [P, N_out], a row a slot where TO_SLOTS; bias [E, n]; tiles
+    of up to BM pairs, blocks of ``block_of`` it. w and s, and x where TOP_K is 0, are ``boxed``.
 
     counter: [1] int32, zero before and after. ``partial`` is not used: what launches takes the tensors of either kernel.
     """
@@ -197,7 +197,7 @@ def _grouped_gemm_specialized_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     runs = gl.allocate_shared_memory(gl.int32, [TABLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ids = gl.allocate_shared_memory(gl.int32, [TABLE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    fill_tables(runs, ids, sorted_ids, expert_ids, gl.load(num_padded) // BM, pairs, group, BM)
+    fill_tables(runs, ids, sorted_ids, expert_ids, gl.load(num_padded) // block_of(BM), pairs, group, BM)
     NOTED: gl.constexpr = noted(BM)
     noted_ids = gl.allocate_shared_memory(gl.int32, [2, NOTED], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     noted_weights = noted_ids

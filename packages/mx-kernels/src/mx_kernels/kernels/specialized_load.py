@@ -43,15 +43,27 @@ def descriptor(base: Tensor | int, shape: tuple[int, int], box: tuple[int, int])
 
 @gluon.constexpr_function
 def levels_of(BM):
-    """Numbers of pairs that there are loops for in blocks of BM: a block takes the first that holds its own. Each is one product a
+    """Numbers of pairs that there are loops for in tiles of up to BM: a tile takes the first that holds its own. Each is one product a
     step, or two of a power of two pairs."""
-    return (64, 96, 128, 160) if BM == 160 else (64, 128, 192, 256)
+    return (64, 96, 128, 160) if BM == 160 else (64, 128, 192, 256, 288)[: 5 if BM == 288 else 4]
+
+
+@gluon.constexpr_function
+def block_of(BM):
+    """Pairs of a block, where tiles take up to BM: what is over, a last block of so few pairs joins the one in front."""
+    return 256 if BM == 288 else BM
+
+
+@gluon.constexpr_function
+def full_of(BM):
+    """The level of a full block."""
+    return levels_of(BM).index(block_of(BM))
 
 
 @gluon.constexpr_function
 def box_of(BM):
     """Rows of x that one copy of the engine brings."""
-    return 32 if BM == 160 else 64
+    return 64 if BM == 256 else 32
 
 
 @gluon.constexpr_function
@@ -107,38 +119,56 @@ def _sum(a, b):
 
 @gluon.jit
 def level_of(sorted_ids, block, pairs, BM: gl.constexpr):
-    """Which of ``levels_of`` a block takes."""
+    """Which of ``levels_of`` a block takes alone."""
     LEVELS: gl.constexpr = levels_of(BM)
     level = block * 0
-    for i in gl.static_range(len(LEVELS) - 1):
-        level += (gl.load(sorted_ids + block * BM + LEVELS[i]) < pairs).to(gl.int32)
+    for i in gl.static_range(full_of(BM)):
+        level += (gl.load(sorted_ids + block * block_of(BM) + LEVELS[i]) < pairs).to(gl.int32)
     return level
+
+
+@gluon.jit
+def _joins(sorted_ids, block, there, pairs, BM: gl.constexpr):
+    """Whether a block behind another of its expert has so few pairs that it joins that."""
+    over = gl.load(sorted_ids + block * block_of(BM) + (BM - block_of(BM)), mask=there, other=0)
+    return there & (over >= pairs)
 
 
 @gluon.jit
 def fill_tables(runs, ids, sorted_ids, expert_ids, blocks, pairs, group, BM: gl.constexpr):
     """What ``piece`` looks up of the first TABLE blocks: where the full blocks of its expert begin and their number (a block alone
-    where it is not full, or they do not walk together), its level; its expert, and how many are full up to it where they do."""
+    where it is not full, or they do not walk together), its level; its expert (none of a block that joins the one in front), and how
+    many up to it come first: full ones where they walk together, else all that do not join."""
     L: gl.constexpr = gl.BlockedLayout([TABLE // 128], [32], [4], [0])
-    LAST: gl.constexpr = len(levels_of(BM)) - 1
+    JOIN: gl.constexpr = BM > block_of(BM)
     b = gl.arange(0, TABLE, L)
     there = b < blocks
     e = gl.load(expert_ids + b, mask=there, other=-1)
     level = level_of(sorted_ids, gl.where(there, b, 0), pairs, BM)
     run = b + TABLE
+    first = there & (level == full_of(BM))
+    own = e
+    if JOIN:
+        before = gl.load(expert_ids + b - 1, mask=there & (b > 0), other=-2)
+        behind = gl.load(expert_ids + b + 1, mask=b + 1 < blocks, other=-2)
+        level += _joins(sorted_ids, b + 1, e == behind, pairs, BM).to(gl.int32)
+        joins = _joins(sorted_ids, b, e == before, pairs, BM)
+        own = gl.where(joins, -1, e)
+        if group == 1:
+            first = there & (joins == 0)
     up_to = b * 0
+    if JOIN or group > 1:
+        up_to = gl.associative_scan(first.to(gl.int32), 0, _sum)
     if group > 1:
-        full = there & (level == LAST)
-        up_to = gl.associative_scan(full.to(gl.int32), 0, _sum)
         before = gl.load(expert_ids + b - 1, mask=there & (b > 0), other=-2)
         behind = gl.load(expert_ids + b + 1, mask=b + 1 < blocks, other=-2)
         there = b + 1 < blocks
-        ends = (e != behind) | (level_of(sorted_ids, gl.where(there, b + 1, 0), pairs, BM) != LAST)
+        ends = (e != behind) | (level_of(sorted_ids, gl.where(there, b + 1, 0), pairs, BM) != full_of(BM))
         start = gl.associative_scan(gl.where(e != before, b, 0), 0, _larger)
         end = gl.associative_scan(gl.where(ends, b + 1, TABLE), 0, _smaller, reverse=True)
-        run = gl.where(full, start + (end - start) * TABLE, run)
+        run = gl.where(first, start + (end - start) * TABLE, run)
     runs.store(run + level * (2 * TABLE * TABLE))
-    ids.store(e + 1 + up_to * FULL)
+    ids.store(own + 1 + up_to * FULL)
 
 
 @gluon.jit
@@ -151,10 +181,11 @@ def _entry(table, i):
 
 @gluon.jit
 def _ordered(ids, blocks, place):
-    """The block that comes at ``place``: the full ones first, which take equally long and keep in step, then the others."""
-    full = _entry(ids, blocks - 1) // FULL
-    rest = place >= full
-    nth = gl.where(rest, place - full, place)
+    """The block that comes at ``place``: those first that a table counts (``fill_tables``), such as full ones, which take equally long
+    and keep in step, then the others."""
+    counted = _entry(ids, blocks - 1) // FULL
+    rest = place >= counted
+    nth = gl.where(rest, place - counted, place)
     block = nth * 0
     for i in gl.static_range(10):  # blocks, 2^10 at most, up to which there are no more than nth of their kind
         probe = block + (512 >> i)
@@ -168,12 +199,12 @@ def piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM:
     """The t-th piece of work: its block, weight tile and expert, and how full the block is.
 
     The full blocks of one expert walk the weight tiles together, up to ``group`` of them, so that a tile is read once for all; past
-    TABLE blocks each walks them alone.
+    TABLE blocks each walks them alone, and none joins another.
     """
     block = t // tiles
     tile = t - block * tiles
     if blocks <= TABLE:
-        if group > 1:
+        if BM > block_of(BM) or group > 1:
             block = _ordered(ids, blocks, block)
         e = _entry(ids, block) % FULL - 1
         run = _entry(runs, block)
@@ -223,19 +254,21 @@ def _arrived(full, stage, filled, BACK: gl.constexpr, PENDING: gl.constexpr, STA
 
 @gluon.constexpr_function
 def noted(BM):
-    """A power of two that BM slots fit in."""
+    """A power of two that a tile's slots fit in."""
     return 1 << (BM - 1).bit_length()
 
 
 @gluon.jit
 def _note(
-    sorted_ids, row_weight, first, pairs, x_stride, notes, count, BM: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHT: gl.constexpr
+    sorted_ids, row_weight, first, level, pairs, x_stride, notes, count,
+    BM: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHT: gl.constexpr,
 ):  # fmt: skip
-    """For the epilogue of the program's tile number ``count``: the pairs of a block's slots and their weights. For who copies: where
+    """For the epilogue of the program's tile number ``count``: the pairs of its slots and their weights. For who copies: where
     their rows of x begin; any row for a slot without a pair."""
     ids, weights, full, empty, at = notes
     i = gl.arange(0, noted(BM), gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    pair = gl.load(sorted_ids + first + i, mask=i < BM, other=pairs)
+    slots = gl.where(level > full_of(BM), BM, block_of(BM))  # others' may be behind a block's, or nothing
+    pair = gl.load(sorted_ids + first + i, mask=i < slots, other=pairs)
     place = count & 1
     mbarrier.wait(empty.index(place), (count >> 1 & 1) ^ 1)
     ids.index(place).store(pair)
@@ -354,7 +387,7 @@ def sends(
     ) = given  # fmt: skip
     LEVELS: gl.constexpr = levels_of(BM)
     STRIPS: gl.constexpr = GROUPS * PART // 16
-    blocks = gl.load(num_padded) // BM
+    blocks = gl.load(num_padded) // block_of(BM)
     tiles = gl.cdiv(strips, STRIPS)
     stage = 0
     phase = 0
@@ -374,7 +407,7 @@ def sends(
             for i in gl.static_range(len(LEVELS)):
                 if level == i:
                     stage, phase = _load_boxes(
-                        x, w, s, block * BM, w_row, e * s_expert, strip0, w_step, k, stage, phase, ring,
+                        x, w, s, block * block_of(BM), w_row, e * s_expert, strip0, w_step, k, stage, phase, ring,
                         LEVELS[i], box_of(BM), GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K,
                     )  # fmt: skip
         t = gl.num_programs(0) + drawn
@@ -398,7 +431,8 @@ def copies(
     count = 0
     block, _, _, level = job_of(jobs, count)
     while block >= 0:
-        _note(sorted_ids, row_weight, block * BM, pairs, x_stride, notes, count, BM, TOP_K, HAS_WEIGHT)
+        first = block * block_of(BM)
+        _note(sorted_ids, row_weight, first, level, pairs, x_stride, notes, count, BM, TOP_K, HAS_WEIGHT)
         if TOP_K > 0:
             for i in gl.static_range(len(LEVELS)):
                 if level == i:

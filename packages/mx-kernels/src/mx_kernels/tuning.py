@@ -115,12 +115,12 @@ def small_blocks(p: Problem) -> bool:
 
 def joins(p: Problem, slots: bool) -> bool:
     """Whether large blocks should take last ones of up to ``JOIN`` pairs along, where an expert's pairs are normal with their mean as
-    variance: they cost others 2%, or, where rows are copied, 8-bit codes 4%, as fewer stages fit."""
+    variance: they cost others 2%, or, where rows are copied, 8-bit codes 6%, as fewer stages fit."""
     each = p.num_pairs / p.num_experts
     spread = math.sqrt(2 * each) or 1.0
     last = round(each / LARGE) * LARGE + 0.5  # where the block behind would begin
     few = (math.erf((last + JOIN - each) / spread) - math.erf((last - each) / spread)) / 2 if last > LARGE else 0.0
-    return few * SAVED > (0.02 if slots or p.element == "e2m1" else 0.04) * (each / LARGE + 0.1)
+    return few * SAVED > (0.02 if slots or p.element == "e2m1" else 0.06) * (each / LARGE + 0.1)
 
 
 def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:

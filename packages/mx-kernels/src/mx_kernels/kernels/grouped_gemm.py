@@ -269,7 +269,9 @@ def _plan(
     c = config or config_for(problem, block, device, units, shared, served, top_k == 0)
     if c.specialized:
         if out_dtype.itemsize > 2:  # float32 results take more room on their way out
-            c = replace(c, stages=min(c.stages, 4 if kind else 3))
+            c = replace(c, stages=min(c.stages, 4 if kind and not c.join else 3))
+        elif c.join and top_k > 0 and not no_weight:  # notes of so many pairs, of their weights and rows likewise
+            c = replace(c, stages=min(c.stages, 4))
         from .specialized import _grouped_gemm_specialized_kernel
         from .specialized_load import LINES, PART, box_of
 

@@ -1,4 +1,5 @@
-"""The ``aot``, ``native`` and ``pieces`` fixtures: modules beside this file (they import Triton, so they are loaded only where a test asks).
+"""The ``aot``, ``native`` and ``pieces`` fixtures: modules beside this file (they import Triton, so they are loaded only where a test
+asks).
 
 ``interpreted(code)`` runs code in this folder in Triton's interpreter, which a process has for all kernels or for none.
 """

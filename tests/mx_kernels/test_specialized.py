@@ -302,13 +302,17 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
         slots=slots,
     )
     assert (config.rows, config.join) == (192 if small and not narrow else 128, 32 * joined)
-    assert config.stages == ((7 if kind == "e2m1" else 6) + narrow if small else 5 if kind == "e2m1" or not joined else 4)
+    assert config.stages == (
+        (7 if kind == "e2m1" else 6) + narrow if small else 5 if kind == "e2m1" or not joined else 4
+    )
     plan, tensors = meta_product(kernel, monkeypatch, f, k, act, config, slots=slots, block=block)
     assert plan.constants[6] == (4 if joined and not slots and act is None else config.stages)  # notes take more room
     made = compiled(aot, kernel, plan, tensors, 40 if small or joined else 0)
     # of x four to one of 64 rows for 256, 192, 128 and 64 pairs, or of 32 rows five to two or nine to two; the weights, 32 or 64 columns of
     # 64 rows, and their scales
-    boxes, groups = (5 + 4 + 3 + 2, 2 if narrow else 3) if small else (9 + 8 + 6 + 4 + 2 if joined else 4 + 3 + 2 + 1, 2)
+    boxes, groups = (
+        (5 + 4 + 3 + 2, 2 if narrow else 3) if small else (9 + 8 + 6 + 4 + 2 if joined else 4 + 3 + 2 + 1, 2)
+    )
     assert made.opcodes()["UTMALDG"] == boxes * slots + (4 + joined) * groups * (2 if f.element.bits == 4 else 3)
     assert (made.opcodes()["LDGSTS"] > 0) == (not slots)
     loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 8 and len(body) < 400]

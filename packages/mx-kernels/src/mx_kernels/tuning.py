@@ -246,7 +246,9 @@ def choose_config(
             group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
         rows = small_rows(p, units) if pairs == SMALL else 128
         join = JOIN if pairs == LARGE and p.element and joins(p, slots) else 0
-        stage = 128 * (pairs + join) + rows * (128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block)
+        stage = 128 * (pairs + join) + rows * (
+            128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block
+        )
         return Config(pairs, rows, 64, 4, RING // stage, group=group, specialized=True, join=join)
     if p.element == "" and c.step == 128 and shared_bytes(c, p) > shared:
         c = replace(c, step=64, stages=2 * c.stages)  # more of which fit

@@ -19,7 +19,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .epilogue import gate_and_up, gated
-from .specialized_load import BK, PART, TABLE, block_of, copies, fill_tables, job_of, levels_of, main_of, noted, released, sends
+from .specialized_load import (
+    BK,
+    PART,
+    TABLE,
+    block_of,
+    copies,
+    fill_tables,
+    job_of,
+    levels_of,
+    main_of,
+    noted,
+    released,
+    sends,
+)
 from .specialized_tile import plain_tile, tile
 
 

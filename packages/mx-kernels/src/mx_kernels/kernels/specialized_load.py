@@ -140,7 +140,7 @@ def fill_tables(runs, ids, sorted_ids, expert_ids, blocks, pairs, group, BM: gl.
     where it is not full, or they do not walk together), its level; its expert (none of a block that joins the one in front), and how
     many up to it come first: full ones where they walk together, else all that do not join."""
     L: gl.constexpr = gl.BlockedLayout([TABLE // 128], [32], [4], [0])
-    JOIN: gl.constexpr = BM > block_of(BM)
+    JOIN: gl.constexpr = block_of(BM) < BM
     b = gl.arange(0, TABLE, L)
     there = b < blocks
     e = gl.load(expert_ids + b, mask=there, other=-1)
@@ -204,7 +204,7 @@ def piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM:
     block = t // tiles
     tile = t - block * tiles
     if blocks <= TABLE:
-        if BM > block_of(BM) or group > 1:
+        if block_of(BM) < BM or group > 1:
             block = _ordered(ids, blocks, block)
         e = _entry(ids, block) % FULL - 1
         run = _entry(runs, block)

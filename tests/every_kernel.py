@@ -223,7 +223,10 @@ PARTS = {
     align: {"align": ("_align_kernel", "_count_kernel", "_scan_kernel", "_place_kernel")},
     gemm: {"generic_kernel": ("_gemm_kernel",), "combine": ("_combine_kernel",)},
     packed: {"packed_kernel": ("_grouped_gemm_packed_kernel",)},
-    specialized: {"specialized": ("_grouped_gemm_specialized_kernel",), "slots": ("_gather_rows_kernel",)},
+    specialized: {
+        "specialized": ("_grouped_gemm_specialized_kernel",),
+        "slots": ("_places_kernel", "_gather_rows_kernel"),
+    },
     pack: {"packing": ("_pack_codes_kernel", "_pack_scales_kernel", "_unpack_codes_kernel")},
     rebased: {"rebased": ("_rebase_rows_kernel", "_grouped_gemm_rebased_kernel")},
 }

@@ -95,6 +95,7 @@ WRITES = {
     "_scan_kernel": ("counts",),
     "_place_kernel": ("sorted_ids", "expert_ids", "num_padded"),
     "_rebase_rows_kernel": ("out", "scale"),
+    "_places_kernel": ("places",),
     "_gather_rows_kernel": ("out", "out_scale"),
     "_grouped_gemm_rebased_kernel": ("y", "y_scale", "partial"),
     "_combine_kernel": ("out",),
@@ -200,7 +201,7 @@ def test_the_launches_where_tokens_are_copied(ledger, monkeypatch, promote):
     for tokens, hidden in ((7, 256), (300, 256), (300, 4096)):  # the last's codes are more than what lies up to y
         layer = make_layer(hidden=hidden)
         names = check_launches(ledger, layer, *make_input(tokens, hidden=hidden), promote)
-        assert names[1:3] == ["_rebase_rows_kernel", "_gather_rows_kernel"]
+        assert names[1:5] == ["_rebase_rows_kernel", "_places_kernel", "_places_kernel", "_gather_rows_kernel"]
     layer, x = make_layer(), torch.randn(30, 320).bfloat16()[:, :256]
     _, ids, weights = make_input(30)
     check_launches(ledger, layer, x, ids, weights, promote)  # strided rows

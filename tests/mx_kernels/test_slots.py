@@ -184,25 +184,22 @@ def test_gathered_rows_on_the_gpu(dtype):
 @pytest.mark.parametrize(("width", "held", "scaled"), [(192, "i32", True), (1792, "i32", True), (4096, "bf16", False)])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "gfx1201"])
 def test_what_the_gather_compiles_to(aot, target, width, held, scaled):
-    """Sixteen bytes a load and store."""
-    kernel = importlib.import_module("mx_kernels.kernels.slots")
-    signature = {"x": f"*{held}", "out": f"*{held}", "scale": "*fp32", "out_scale": "*fp32"}
-    signature |= {
-        "sorted_ids": "*i32",
-        "num_padded": "*i32",
-        "x_stride": "i32",
-        "n_pairs": "i32",
-        "top_k": "i32",
-        "W": "i32",
-    }
-    plan = kernel.plan(
-        1 << 16, width, {"i32": torch.int32, "bf16": torch.bfloat16}[held], width, scaled, 9, 2, torch.device("meta")
-    )
-    constants = dict(zip(("R", "WIDTH", "SCALED"), plan.values[-3:], strict=True))
-    made = aot.compile_kernel(
-        kernel._gather_rows_kernel, signature, constants, target, unaligned=("n_pairs", "top_k"), num_warps=4
-    )
-    assert made.spills == 0
-    if target.startswith("sm"):
-        names = made.opcodes(full=True)
-        assert names["LDG.E.128"] == names["STG.E.128"] > 0
+    """Sixteen bytes a load and store (``_gather_rows_kernel``), none in registers that spill (``_places_kernel`` too)."""
+    slots = importlib.import_module("mx_kernels.kernels.slots")
+    dtype = {"i32": torch.int32, "bf16": torch.bfloat16}[held]
+    pointers = {"x": held, "out": held, "scale": "fp32", "out_scale": "fp32"}
+    launches = slots.plan(1 << 16, width, dtype, width, scaled, 3 << 10, 3, torch.device("meta"))
+    assert [run.grid for run, _ in launches] == [(3, 1, 1), (64, 1, 1), (1 << 10, 1, 1)]
+    for run, given in launches:
+        names = run.kernel.arg_names
+        numbers = [name for name in ("x_stride", "W", "n_pairs") if name in names]
+        signature = {name: f"*{pointers.get(name, 'i32')}" for name in given} | dict.fromkeys(numbers, "i32")
+        assert [*signature] == names[: len(signature)]
+        constants = dict(zip(names[len(signature) :], run.values[len(numbers) :], strict=True))
+        made = aot.compile_kernel(
+            run.kernel, signature, constants, target, unaligned=("n_pairs",), num_warps=run.options["num_warps"]
+        )
+        assert made.spills == 0
+        if target.startswith("sm") and run.kernel is slots._gather_rows_kernel:
+            loads, stores = (made.opcodes(full=True)[name] for name in ("LDG.E.128", "STG.E.128"))
+            assert 0 < 3 * loads == stores, "each row is read once"

@@ -156,8 +156,10 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     source = "x"
     if gathered:
         source = "y"  # the same memory: GEMM 2 writes after GEMM 1 has read
-        gather = slots.plan(capacity, hidden, dtype, x.stride(0), False, pairs, k, device)
-        launches.append((gather, ("x", "y", "x", "y", "sorted_ids", "num_padded")))
+        parts |= {"places": 4 * pairs}
+        there = {"out": "y", "scale": "x", "out_scale": "y"}
+        for run, names in slots.plan(capacity, hidden, dtype, x.stride(0), False, pairs, k, device):
+            launches.append((run, tuple(there.get(name, name) for name in names)))
         x = torch.empty((capacity, hidden), dtype=dtype, device=device)
     h = torch.empty((capacity if ordered else pairs, width), dtype=dtype, device=device)
     parts |= {"h": h.nbytes, "y": (capacity if gathered else pairs) * hidden * x.element_size()}

@@ -39,9 +39,11 @@ def plan(layer: RebasedLayer, x: Tensor, ids: Tensor, weights: Tensor, promote: 
     if rebased.copies(pairs, hidden, k):
         parts |= {"h": max(parts["h"], tokens * hidden), "once": 4 * tokens}
         rows = rebased.plan_rows(tokens, hidden, dtype, x.stride(0), False, None, 0, device)
-        copy = slots.plan(capacity, hidden // 4, torch.int32, hidden // 4, True, pairs, k, device)
+        parts |= {"places": 4 * pairs}
         launches.append((rows, ("x", "h", "h", "once", "once", "once")))
-        launches.append((copy, ("h", "y", "once", "scale", *listed)))
+        there = {"x": "h", "out": "y", "scale": "once", "out_scale": "scale"}
+        for run, names in slots.plan(capacity, hidden // 4, torch.int32, hidden // 4, True, pairs, k, device):
+            launches.append((run, tuple(there.get(name, name) for name in names)))
     else:
         rows = rebased.plan_rows(capacity, hidden, dtype, x.stride(0), False, pairs, k, device)
         launches.append((rows, ("x", "y", "y", "scale", *listed)))

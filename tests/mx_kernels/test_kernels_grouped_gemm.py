@@ -29,6 +29,7 @@ CONFIGS = [
     Config(16, 64, 128, 4, 5),
     Config(32, 128, 128, 4, 3, maxnreg=168),
     Config(64, 128, 128, 4, 3, levels=3, maxnreg=168),
+    Config(96, 128, 64, 4, 4, levels=3, maxnreg=160),
     Config(128, 256, 128, 8, 3, group=8, levels=3),
     Config(128, 128, 128, 4, 2, mask=False),
     Config(128, 128, 64, 4, 4, levels=3),
@@ -142,6 +143,8 @@ t.check(mk.MXFP8, (2, 80, 160), 40, 2, None, Config(64, 64, 64, 4, 3, levels=2),
 t.check(mk.NVFP4, (2, 80, 192), 40, 2, None, Config(64, 64, 64, 4, 3), device="cpu", block=64)
 t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float16)
 t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float32)
+t.check(mk.MXFP4, (3, 160, 256), 100, 2, t.OAI, Config(96, 64, 64, 4, 3, levels=3), device="cpu", block=96)
+t.check(mk.NVFP4, (2, 80, 192), 40, 2, None, Config(96, 64, 64, 4, 3), device="cpu", block=96)
 t.check(mk.MXFP4, (3, 160, 256), 60, 2, t.OAI, Config(32, 64, 64, 4, 3, levels=2), device="cpu", block=128)
 for rows in (1, 33, 70):
     t.check_linear(mk.MXFP4, (80, 192), rows, device="cpu")

@@ -147,9 +147,13 @@ for k in (1, 2):
     assert torch.equal(rows[live], mk.reference.gather_rows(x, tiles, top_k=k)[live])
     assert torch.equal(scales[live], scale[tiles.sorted_ids[live].long() // k])
 w = torch.randn(5, 96, 128)
-x = torch.randn(70, 128).bfloat16()
-for f, act, config in ((mk.MXFP4, t.SILU, Config(64, 64, 128, 4, 3, levels=3)), (mk.MXFP8, None, Config(32, 64, 64, 4, 3, levels=2))):
-    tiles = mk.moe_align_block_size(test_slots.routed(70), 64, 5, sort=True)
+for block, f, act, config in (
+    (64, mk.MXFP4, t.SILU, Config(64, 64, 128, 4, 3, levels=3)), (64, mk.MXFP8, None, Config(32, 64, 64, 4, 3, levels=2)),
+    (96, mk.MXFP4, None, Config(96, 64, 64, 4, 3, levels=3)),
+):
+    ids = test_slots.routed(160 if block == 96 else 70)
+    x = torch.randn(ids.shape[0], 128).bfloat16()
+    tiles = mk.moe_align_block_size(ids, block, 5, sort=True)
     p = mk.pack(mk.quantize(w, f), gated=act is not None)
     rows = mk.gather_rows(x, tiles, top_k=2)
     epilogue = mk.Epilogue(None, act)

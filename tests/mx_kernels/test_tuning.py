@@ -37,7 +37,7 @@ problems = st.builds(
 
 @given(
     problems,
-    st.sampled_from([0, 16, 32, 64, 128, 256]),
+    st.sampled_from([0, 16, 32, 64, 96, 128, 256]),
     st.sampled_from([0, 8, 132, 304]),
     st.sampled_from([101376, 166912, 232448]),
     st.booleans(),
@@ -65,9 +65,9 @@ def test_every_choice_is_legal(p, pairs, units, shared, specialized, slots):
 @given(problems, st.booleans(), st.booleans())
 def test_blocks_grow_with_the_pairs_of_an_expert(p, specialized, slots):
     plain = p.element == ""
-    usual = block_pairs(p.num_pairs, p.num_experts, plain)
-    assert usual in (16, 32, 64, 128, 256)
-    assert usual <= block_pairs(2 * p.num_pairs, p.num_experts, plain)
+    usual = block_pairs(p.num_pairs, p.num_experts, plain, specialized)
+    assert usual in (16, 32, 64, 128, 256) or (usual == 96 and specialized and not plain)
+    assert usual <= block_pairs(2 * p.num_pairs, p.num_experts, plain, specialized)
     block = model_block(p, specialized, slots)
     assert block == usual or (specialized and not plain and block in (160, 256))
     if block == 160:

@@ -122,7 +122,7 @@ def moe_align_block_size(
         raise ValueError(f"ids has shape {tuple(ids.shape)}, needs [tokens, experts a token]: reshape it to [T, k]")
     if block_size < 1 or (block_size & (block_size - 1) and block_size % 32):
         raise ValueError(
-            f"block_size is {block_size}, needs a power of two or a multiple of 32 (16, 32, 64, 128, 160 or 256 suit the kernels)"
+            f"block_size is {block_size}, needs a power of two or a multiple of 32 (16, 32, 64, 96, 128, 160 or 256 suit the kernels)"
         )
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}, needs the number of experts in the weights, at least 1")

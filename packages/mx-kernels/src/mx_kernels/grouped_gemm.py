@@ -64,7 +64,7 @@ def block_size(
     *,
     slots: bool = False,
 ) -> int:
-    """Rows of a block that suit this many pairs: 16 to 128 (160 and 256 for packed weights), by the pairs an expert gets.
+    """Rows of a block that suit this many pairs: 16 to 128 (96, 160 and 256 for packed weights), by the pairs an expert gets.
 
     w: the weight that will be multiplied first; packed weights have their own rule (``tuned.py``). slots: the layer asks
     ``layer_slots`` which rows should be in slot order, and multiplies bf16 x as it is.

@@ -67,22 +67,10 @@ RUNS: tuple[Run, ...] = (
 ROWS: tuple[Row, ...] = (
     Row(0, Problem("", 32, 2048, 8, 28672, 4096), 256,
         Config(256, 128, 64, 8, 4, group=4, levels=3), 1014.01, 1145.59),
-    Row(0, Problem("e2m1", 16, 8192, 128, 1536, 2048), 64,
-        Config(64, 128, 64, 4, 4, levels=3, maxnreg=168), 151.38, 162.61),
-    Row(0, Problem("e2m1", 16, 8192, 128, 2048, 768), 64,
-        Config(64, 128, 64, 4, 4, levels=3, maxnreg=168), 85.01, 96.65),
-    Row(0, Problem("e2m1", 32, 8192, 128, 1536, 2048), 64,
-        Config(64, 128, 64, 4, 5, levels=3, maxnreg=168), 147.82, 154.62),
-    Row(0, Problem("e2m1", 32, 8192, 128, 2048, 768), 64,
-        Config(64, 128, 64, 4, 4, levels=3, maxnreg=168), 81.74, 95.5),
     Row(0, Problem("e4m3", 32, 128, 8, 4096, 14336), 64,
         Config(64, 128, 64, 4, 4, levels=2, maxnreg=168), 160.51, 160.56),
     Row(0, Problem("e4m3", 32, 128, 8, 28672, 4096), 64,
         Config(64, 128, 64, 4, 6, levels=2, maxnreg=168), 322.78, 339.28),
-    Row(0, Problem("e4m3", 32, 8192, 128, 1536, 2048), 64,
-        Config(64, 128, 64, 4, 5, levels=3, maxnreg=168), 175.82, 181.72),
-    Row(0, Problem("e4m3", 32, 8192, 128, 2048, 768), 64,
-        Config(64, 128, 64, 4, 5, levels=3, maxnreg=168), 105.18, 110.87),
 )
 # fmt: on
 
@@ -170,7 +158,7 @@ def block_for(p: Problem, device: torch.device, slots: bool = False) -> int:
 def model_block(p: Problem, specialized: bool = False, slots: bool = False) -> int:
     """The model's block size. specialized: on a device with ``wgmma``; slots: tokens may be brought into slot order."""
     block = specialized_block(p, slots) if specialized and p.element else 0
-    return block or block_pairs(p.num_pairs, p.num_experts, p.element == "")
+    return block or block_pairs(p.num_pairs, p.num_experts, p.element == "", specialized)
 
 
 @functools.cache

@@ -6,18 +6,18 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   hold less (``levels``). Up to r = 10 a block is 16 pairs, and the time is that of streaming and decoding the weights; plain ones
   stream faster in steps of 128 columns than of 64, up to blocks of 32 pairs.
 - Few programs (a small matrix, one token) do not fill the device: the K loop is then split among several (``best_split``).
-- From r = 48 on blocks of 128 pairs make the tensor cores the limit. Two programs must fit a multiprocessor, so that one
+- On devices with warpgroup products (sm_90) blocks of 96 pairs, products of 64 and 32, hold what most experts get from r = 50 to 86.
+- From r = 48 on, else, blocks of 128 pairs make the tensor cores the limit. Two programs must fit a multiprocessor, so that one
   decodes while the other multiplies, and steps of 64 columns make room for four stages (five of E2M1 codes). Plain weights
   go to the tensor cores as they are: there fewer bytes from the second-level cache count, so from r = 96 on one program
   takes 256 pairs.
 - Over long rows (K), where a device has warpgroup products (sm_90), warps that only load feed warps that only decode and multiply
-  (``kernels/specialized.py``), where the rows of x lie in slot order (``slots.py``): three warpgroups in blocks of 160 pairs from r = 56
-  (4 bits) or 80 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters;
+  (``kernels/specialized.py``), where the rows of x lie in slot order (``slots.py``): three warpgroups in blocks of 160 pairs from r = 60
+  (4 bits) or 64 on, or two in blocks of 256, whichever are expected to cost less (``small_blocks``: what is over a full block matters;
   up to 32 pairs that are over 256 may join the block in front, ``joins``).
   h can be kept so at once, and then rows of 768 columns are long enough. A gather of x moves 4 K bytes a pair, a sixth of a product
   takes K N / 3 operations: worth it for wide weights (``GATHERED`` rows). Where rows of x are copied instead, one by one, three
-  warpgroups gain from r = 68 to 151 where their tiles come in full rounds, else from 72 (4 bits) or 80, two from 151 on. Plain weights,
-  which nothing decodes, gain from r = 512 on.
+  warpgroups gain from r = 86 to 151, two from there on. Plain weights, which nothing decodes, gain from r = 512 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all full blocks of an expert do, where a wave of programs would otherwise be one block's, and blocks that are not
   full come last: what takes equally long keeps in step and finds in that cache what others have brought there.
@@ -42,10 +42,10 @@ SAVED = 0.29  # what that saves, of what a full large block costs
 FEW = {True: ((0, 151), (288, 316)), False: ((0, 151), (290, 310))}
 """Pairs an expert, from and to, where small blocks are expected to cost less than large ones, by whether codes have four bits
 (``test_tuning.py`` has the costs that were measured, and the model)."""
+MIDDLE = 86  # pairs an expert up to which blocks of 96 gain over those of 128, and over small ones with copied rows
 LEAST = 151  # pairs an expert from which on large blocks gain
 MANY = 224  # the same of products that are not a layer's, or whose results are rounded
 PLAIN = 512  # the same of plain weights, where rows lie in slot order or weights are narrow
-FILLED = 0.95  # of its rounds of tiles, where small blocks with copied rows gain from fewer pairs an expert on
 NARROW = 0.8  # what a tile of 128 weight rows costs in such small blocks, of one of 192
 RING = SHARED - (20 << 10)  # bytes of shared memory for its stages, beside tables, notes and results on their way out
 
@@ -56,10 +56,10 @@ class Config:
 
     pairs: those of a block of the alignment, or a part of them. step: columns a step of the K loop. split: programs that share
     the K loop of a tile. group: blocks of pairs that walk the weight tiles together. levels: narrower loops (a half, a quarter of
-    ``pairs``) for blocks with few pairs. mask: do not load rows of x that are not there. evict: eviction policy of weight loads.
-    maxnreg: registers a thread, 0 for the compiler's choice. specialized: the kernel whose warps load or multiply, for 256 pairs and 128
-    rows, or 160 and 192 or 128; levels, mask, evict and maxnreg are its own. join: up to how many pairs of an expert's last block its
-    block in front takes along (of 256, in that kernel).
+    ``pairs``; 96 are 64 and 32) for blocks with few pairs. mask: do not load rows of x that are not there. evict: eviction policy
+    of weight loads. maxnreg: registers a thread, 0 for the compiler's choice. specialized: the kernel whose warps load or multiply, for
+    256 pairs and 128 rows, or 160 and 192 or 128; levels, mask, evict and maxnreg are its own. join: up to how many pairs of an expert's
+    last block its block in front takes along (of 256, in that kernel).
     """
 
     pairs: int
@@ -99,9 +99,10 @@ class Problem:
         return self.n * self.k * {"e2m1": 0.5, "": 2.0}.get(self.element, 1.0)
 
 
-def block_pairs(num_pairs: int, num_experts: int, plain: bool = False) -> int:
-    """Pairs of a block of the alignment: 16, 32, 64, 128, or 256 where the weights are plain."""
-    for block, limit in ((16, 10), (32, 24), (64, 48), (128, 96)):
+def block_pairs(num_pairs: int, num_experts: int, plain: bool = False, wgmma: bool = False) -> int:
+    """Pairs of a block of the alignment: 16, 32, 64, 96 (on a device with ``wgmma``), 128, or 256 where the weights are plain."""
+    middle = ((64, 50), (96, MIDDLE)) if wgmma and not plain else ((64, 48),)
+    for block, limit in ((16, 10), (32, 24), *middle, (128, 96)):
         if num_pairs <= limit * num_experts:
             return block
     return 256 if plain else 128
@@ -130,11 +131,8 @@ def specialized_from(p: Problem, slots: bool, block: int = LARGE) -> int:
         return 0
     if p.element == "":
         return PLAIN if block == LARGE and (slots or p.n < GATHERED) else 0
-    if block == SMALL and slots:
-        return 56 if p.element == "e2m1" else 64
     if block == SMALL:
-        rounds = -(-p.n // 192) * p.num_experts / UNITS  # of tiles, one for each multiprocessor
-        return 68 if rounds > FILLED * math.ceil(rounds) else 72 if p.element == "e2m1" else 80
+        return MIDDLE if not slots else 60 if p.element == "e2m1" else 64
     return LEAST
 
 
@@ -235,7 +233,7 @@ def choose_config(
     units: multiprocessors; shared: bytes a program may have of the device; specialized: whether ``kernels/specialized.py`` serves
     this product; slots: whether the rows of x lie in slot order.
     """
-    c = _preferred(p, pairs if pairs & (pairs - 1) == 0 else 32, units)
+    c = _preferred(p, pairs if pairs == 96 or pairs & (pairs - 1) == 0 else 32, units)
     least = specialized_from(p, slots, pairs) if specialized and pairs in (SMALL, LARGE) and shared >= SHARED else 0
     if least and p.num_pairs >= least * p.num_experts:
         if p.element == "":
@@ -272,6 +270,8 @@ def _preferred(p: Problem, pairs: int, units: int) -> Config:
         split = best_split(p, rows, 128, units) if few else 1
         stages = streaming_stages(p, -(-p.n // rows) * p.active * split, units)
         return Config(pairs, rows, 128, 4, stages, split, maxnreg=128)
+    if pairs == 96:
+        return Config(pairs, rows, 64, 4, 3 if plain else 4, levels=3, maxnreg=0 if plain else 160)
     if pairs <= 64:
         levels = 2 if pairs == 32 or each < 48 else 3
         return Config(pairs, rows, 64, 4, 4, levels=levels, maxnreg=0 if plain else 168)

@@ -74,11 +74,25 @@ def drained(acc):
 
 
 @triton.jit
+def _rows(p, live, inside, TAIL: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """Activations of a step."""
+    if TAIL == 2:
+        if MASK_ROWS:
+            inside &= live[:, None]
+        return tl.load(p, mask=inside, other=0.0)
+    elif MASK_ROWS:
+        return tl.load(p, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(p)
+
+
+@triton.jit
 def packed_dot(
     acc,  # float32 [N, M]
     x,  # [M, K]
     x_offset,  # [M], of the rows (int64 where 32 bits do not suffice)
     live,  # bool [M]
+    rest,  # None, or acc, x_offset and live of more rows
     w,  # the expert's words, or its rows if plain
     s,  # the expert's scale bytes
     strip,  # int32 [S], or the plain weight's rows [N]
@@ -125,6 +139,10 @@ def packed_dot(
         else:
             s_offset = scale_row[:, None] * (128 // BLOCK) + tl.arange(0, BK // BLOCK)[None, :]
     x_offset = x_offset[:, None] + column[None, :]
+    MORE: tl.constexpr = rest is not None
+    if MORE:
+        acc2, x_offset2, live2 = rest
+        x_offset2 = x_offset2[:, None] + column[None, :]
     tl.assume(steps > 0)
     step = first
     for _ in range(steps):
@@ -149,21 +167,24 @@ def packed_dot(
                 scales = scales >> (16 * second)
             v = weight_tile(codes, scales, N, BK, KIND, BLOCK, PTX)
         for piece in tl.static_range(PIECES):
-            p = x + piece * piece_stride + (k0 + x_offset)
-            if TAIL == 2:
-                inside = (k0 + column)[None, :] < k
-                if MASK_ROWS:
-                    inside &= live[:, None]
-                b = tl.load(p, mask=inside, other=0.0)
-            elif MASK_ROWS:
-                b = tl.load(p, mask=live[:, None], other=0.0)
-            else:
-                b = tl.load(p)
+            p = x + piece * piece_stride
+            b = _rows(p + (k0 + x_offset), live, (k0 + column)[None, :] < k, TAIL, MASK_ROWS)
+            if MORE:
+                b2 = _rows(p + (k0 + x_offset2), live2, (k0 + column)[None, :] < k, TAIL, MASK_ROWS)
             if INTERPRET:
                 acc = tl.dot(v.to(tl.float32), b.to(tl.float32).trans(), acc)
+                if MORE:
+                    acc2 = tl.dot(v.to(tl.float32), b2.to(tl.float32).trans(), acc2)
             else:
                 acc = tl.dot(v.to(b.dtype), b.trans(), acc)
+                if MORE:
+                    acc2 = tl.dot(v.to(b.dtype), b2.trans(), acc2)
         if DRAIN:
             acc = drained(acc)
+            if MORE:
+                acc2 = drained(acc2)
         step += STRIDE
-    return acc
+    if MORE:
+        return acc, acc2
+    else:
+        return acc

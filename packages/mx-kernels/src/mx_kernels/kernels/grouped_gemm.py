@@ -17,8 +17,9 @@ from ..tuning import JOIN, LARGE, SHARED, SMALL, UNITS, Config, Problem, togethe
 from .launch import Launch, early_options, starts_early, takes_registers, target
 from .packed_kernel import DENSE, PAIR, SELF, SORTED, _grouped_gemm_packed_kernel
 
-# From Triton 3.8 on the loops of 32 and 64 pairs spill at 168 registers, and need up to 208 (compiled for sm_90, not timed).
-_REGISTERS = {168: 208} if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 8) else {}
+# From Triton 3.8 on the loops of 32 and 64 pairs spill at 168 registers, and need up to 208, that of 96 up to 240 (compiled for sm_90, not
+# timed).
+_REGISTERS = {160: 240, 168: 208} if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 8) else {}
 
 INTERPRET = not isinstance(
     _grouped_gemm_packed_kernel, triton.JITFunction
@@ -266,7 +267,8 @@ def _plan(
         raise ValueError(
             f"the configuration takes {config.pairs} pairs, which do not divide blocks of {block}: give this product another one"
         )
-    c = config or config_for(problem, block, device, units, shared, served, top_k == 0)
+    held = 32 if block == 96 and not wgmma else block  # 64 and 32 pairs at once spill registers of other products
+    c = config or config_for(problem, held, device, units, shared, served, top_k == 0)
     if c.specialized:
         if out_dtype.itemsize > 2:  # float32 results take more room on their way out
             c = replace(c, stages=min(c.stages, 4 if kind and not c.join else 3))

@@ -29,14 +29,14 @@ def _tile(
     x, w, s, y, sorted_ids, bias, row_weight, partial, counter,
     first, pair, count, scale, strip0, strips, rows, w_step, s_step, n, k, x_stride, piece_stride, pairs, slot, split,
     act_alpha, act_beta, act_limit,
-    M: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    TAIL: tl.constexpr, CLAMP: tl.constexpr, MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr,
+    M: tl.constexpr, REST: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, TAIL: tl.constexpr, CLAMP: tl.constexpr, MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr,
     TOP_K: tl.constexpr, TO_SLOTS: tl.constexpr, ROUTE: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """N weight rows times M pairs: K loop, reduction over splits, epilogue."""
+    """N weight rows times M pairs, and REST more behind them: K loop, reduction over splits, epilogue."""
     live = pair < pairs
     pair = tl.where(live, pair, 0)
     if CLAMP:  # fewer rows than N: repeat the last
@@ -61,14 +61,34 @@ def _tile(
         at = pair // TOP_K
     if WIDE:
         at = at.to(tl.int64)
+    rest = None
+    if REST > 0:
+        pair2 = _pairs(sorted_ids, first + M, pairs, REST, ROUTE)
+        live2 = pair2 < pairs
+        pair2 = tl.where(live2, pair2, 0)
+        if TOP_K == 0:
+            at2 = first + M + tl.arange(0, REST)
+        else:
+            at2 = pair2 // TOP_K
+        if WIDE:
+            at2 = at2.to(tl.int64)
+        rest = (tl.zeros((N, REST), tl.float32), at2 * x_stride, live2)
     steps = tl.cdiv(k, BK)
     if SPLIT > 1:
         steps = (steps - split + SPLIT - 1) // SPLIT
     acc = packed_dot(
-        tl.zeros((N, M), tl.float32), x, at * x_stride, live, w, s, row if KIND == "" else strip, row,
+        tl.zeros((N, M), tl.float32), x, at * x_stride, live, rest, w, s, row if KIND == "" else strip, row,
         w_step, s_step, k, split, steps, piece_stride,
         N, M, BK, KIND, BLOCK, SPLIT, TAIL, MASK_ROWS, PIECES, EVICT, PTX, DRAIN, INTERPRET,
     )  # fmt: skip
+    if REST > 0:
+        acc, acc2 = acc
+        store(
+            acc2, y, sorted_ids, bias, row_weight, first + M, pair2, live2, pairs, n, scale, strip0 * 16, b0, b1, weight,
+            act_alpha, act_beta, act_limit,
+            N, REST, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, INTERLEAVED, EARLY, WIDE, ROUTE == SORTED,
+            TO_SLOTS, PTX,
+        )  # fmt: skip
     last = True
     if SPLIT > 1:
         part = partial + slot.to(tl.int64) * (SPLIT * M * N) + tl.arange(0, M)[None, :] * N + tl.arange(0, N)[:, None]
@@ -168,16 +188,20 @@ def _grouped_gemm_packed_kernel(
         size = tl.minimum(blocks - first, GROUP)
         block = first + pid % (GROUP * tiles) % size
         tile = pid % (GROUP * tiles) // size
-    column = tl.arange(0, BM)
+    MAIN: tl.constexpr = 64 if BM == 96 else BM
+    column = tl.arange(0, MAIN)
     if ROUTE == DENSE:
         e = 0
-        pair = _pairs(sorted_ids, block * BM, pairs, BM, ROUTE)
+        pair = _pairs(sorted_ids, block * BM, pairs, MAIN, ROUTE)
         count = tl.minimum(pairs - block * BM, BM)
     elif ROUTE == SORTED:
         used = tl.load(num_padded)  # the three loads do not wait for each other
         e = tl.load(expert_ids + block // PARTS)
-        pair = _pairs(sorted_ids, block * BM, pairs, BM, ROUTE)
+        pair = _pairs(sorted_ids, block * BM, pairs, MAIN, ROUTE)
         count = tl.sum((pair < pairs).to(tl.int32), 0)  # padding follows the pairs
+        if MAIN < BM:
+            over = _pairs(sorted_ids, block * BM + MAIN, pairs, BM - MAIN, ROUTE)
+            count += tl.sum((over < pairs).to(tl.int32), 0)
         there = block * BM < used
         if PARTS > 1:
             there &= count > 0
@@ -192,11 +216,11 @@ def _grouped_gemm_packed_kernel(
         e = tl.load(expert_ids + block)
         mine = tl.sum((ids == e).to(tl.int64) << other.to(tl.int64), 0)  # a bit for each pair of this expert
         before = _ones(mine & ((tl.full((), 1, tl.int64) << block.to(tl.int64)) - 1))
-        there = before % BM == 0  # else another program computes this pair
-        count = tl.minimum(_ones(mine) - before, BM)
+        there = before % MAIN == 0  # else another program computes this pair
+        count = tl.minimum(_ones(mine) - before, MAIN)
         for _ in range(before):
             mine &= mine - 1
-        pair = tl.full((BM,), 0, tl.int32) + pairs
+        pair = tl.full((MAIN,), 0, tl.int32) + pairs
         for i in range(count):
             pair = tl.where(column == i, _ones((mine & -mine) - 1), pair)
             mine &= mine - 1
@@ -223,8 +247,8 @@ def _grouped_gemm_packed_kernel(
         bias += e.to(tl.int64) * n
     slot = block * tiles + tile
     first = block * BM
-    QUARTER: tl.constexpr = BM // 4 if LEVELS > 2 else BM
-    HALF: tl.constexpr = BM // 2 if LEVELS > 1 else BM
+    QUARTER: tl.constexpr = MAIN // 4 if LEVELS > 2 else MAIN
+    HALF: tl.constexpr = MAIN // 2 if LEVELS > 1 else MAIN
     tensors = (x, w, s, y, sorted_ids, bias, row_weight, partial, counter)
     sizes = (
         strip0, strips, rows, w_step, s_step, n, k, x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit,
@@ -232,18 +256,24 @@ def _grouped_gemm_packed_kernel(
     if LEVELS > 2 and count <= QUARTER:
         _tile(
             *tensors, first, _pairs(sorted_ids, first, pairs, QUARTER, ROUTE), count, scale, *sizes,
-            QUARTER, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
+            QUARTER, 0, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
             HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
     elif LEVELS > 1 and count <= HALF:
         _tile(
             *tensors, first, _pairs(sorted_ids, first, pairs, HALF, ROUTE), count, scale, *sizes,
-            HALF, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
+            HALF, 0, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
+        )  # fmt: skip
+    elif MAIN < BM and count > MAIN:
+        _tile(
+            *tensors, first, pair, count, scale, *sizes,
+            MAIN, BM - MAIN, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
             HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
     else:
         _tile(
             *tensors, first, pair, count, scale, *sizes,
-            BM, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
+            MAIN, 0, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
             HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
         )  # fmt: skip

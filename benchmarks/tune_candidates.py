@@ -10,7 +10,7 @@ from cases import Shape
 
 import mx_kernels as mk
 from mx_kernels import tuned
-from mx_kernels.tuning import Config, Problem, choose_config, slots_from
+from mx_kernels.tuning import JOIN, Config, Problem, choose_config, slots_from
 
 SETS = "near,decode,split,mid,prefill,wide,steps,specialized"
 SHARED = 232448  # bytes of shared memory of a program on sm_90
@@ -111,6 +111,8 @@ def candidates(fmt: str, pairs: int, experts: int, which: str) -> list[Config]:
     if "specialized" in sets and each >= 192 and tuned.wgmma(torch.device("cuda", 0)):
         for stages, group in itertools.product((4,) if plain else (4, 5), (1, 4, 8)):
             out.append(Config(256, 128, 64, 4, stages, group=group, specialized=True))
+        if not plain:
+            out.append(Config(256, 128, 64, 4, 5 if "4" in fmt else 4, specialized=True, join=JOIN))
     if "specialized" in sets and 48 <= each <= 320 and not plain and tuned.wgmma(torch.device("cuda", 0)):
         out += [Config(160, 192, 64, 4, stages, group=g, specialized=True) for stages, g in ((6, 1), (5, 1), (6, 2))]
     return out
@@ -134,6 +136,8 @@ def steps(fmt: str, pairs: int, each: float) -> list[Config]:
         out += [Config(32, 128, 64, 4, stages, levels=2, maxnreg=168) for stages in (4, 6)]
     if 12 <= each <= 100 and pairs > 64:
         out += [Config(64, 128, 64, 4, stages, levels=levels, maxnreg=168) for stages in (4, 5, 6)]
+    if 28 <= each <= 100 and tuned.wgmma(torch.device("cuda", 0)):
+        out += [Config(96, 128, 64, 4, stages, levels=3, maxnreg=160) for stages in (3, 4)]
     if each >= 28:
         out += [Config(128, 128, 64, 4, stages, group=group, levels=3) for stages in (4, deep) for group in (1, 4, 8)]
         out.append(Config(128, 128, 128, 4, 2, levels=3))
@@ -162,7 +166,7 @@ def jobs(shape: Shape, fmt: str, tokens: list[int], sets: str, units: int) -> li
 
 def short(c: Config) -> str:
     """A configuration in a word."""
-    flags = (("k", c.split, 1), ("g", c.group, 1), ("L", c.levels, 1), ("r", c.maxnreg, 0))
+    flags = (("k", c.split, 1), ("g", c.group, 1), ("L", c.levels, 1), ("r", c.maxnreg, 0), ("j", c.join, 0))
     shown = "".join(f"{name}{value}" for name, value, usual in flags if value != usual)
     marks = "".join(m for m, there in (("n", not c.mask), ("s", c.specialized)) if there)
     return f"{c.pairs}x{c.rows}x{c.step}w{c.warps}s{c.stages}{shown}{marks}"

@@ -101,7 +101,7 @@ class Problem:
 
 def block_pairs(num_pairs: int, num_experts: int, plain: bool = False, wgmma: bool = False) -> int:
     """Pairs of a block of the alignment: 16, 32, 64, 96 (on a device with ``wgmma``), 128, or 256 where the weights are plain."""
-    middle = ((64, 50), (96, MIDDLE)) if wgmma and not plain else ((64, 48),)
+    middle: tuple[tuple[int, int], ...] = ((64, 50), (96, MIDDLE)) if wgmma and not plain else ((64, 48),)
     for block, limit in ((16, 10), (32, 24), *middle, (128, 96)):
         if num_pairs <= limit * num_experts:
             return block

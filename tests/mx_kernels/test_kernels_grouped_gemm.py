@@ -143,14 +143,15 @@ t.check(mk.MXFP8, (2, 80, 160), 40, 2, None, Config(64, 64, 64, 4, 3, levels=2),
 t.check(mk.NVFP4, (2, 80, 192), 40, 2, None, Config(64, 64, 64, 4, 3), device="cpu", block=64)
 t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float16)
 t.check(mk.MXFP8, (2, 64, 128), 6, 2, None, device="cpu", x_dtype=torch.float32)
-t.check(mk.MXFP4, (3, 160, 256), 100, 2, t.OAI, Config(96, 64, 64, 4, 3, levels=3), device="cpu", block=96)
-t.check(mk.NVFP4, (2, 80, 192), 40, 2, None, Config(96, 64, 64, 4, 3), device="cpu", block=96)
+t.check(mk.MXFP4, (3, 160, 256), 160, 2, t.OAI, Config(96, 64, 64, 4, 3, levels=3), device="cpu", block=96)
+t.check(mk.NVFP4, (2, 80, 192), 120, 2, None, Config(96, 64, 64, 4, 3), device="cpu", block=96)
 t.check(mk.MXFP4, (3, 160, 256), 60, 2, t.OAI, Config(32, 64, 64, 4, 3, levels=2), device="cpu", block=128)
 for rows in (1, 33, 70):
     t.check_linear(mk.MXFP4, (80, 192), rows, device="cpu")
 t.check_linear(mk.NVFP4, (80, 192), 33, device="cpu")
 t.check_rounded(mk.MXFP4, t.OAI, 3, device="cpu")
 t.check_rounded(mk.MXFP8, None, 40, Config(64, 64, 64, 4, 3), device="cpu", block=64)
+t.check_rounded(mk.MXFP4, t.OAI, 190, Config(96, 64, 64, 4, 3), device="cpu", block=96)
 print("right")
 """
 

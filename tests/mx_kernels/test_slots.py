@@ -151,7 +151,7 @@ for block, f, act, config in (
     (64, mk.MXFP4, t.SILU, Config(64, 64, 128, 4, 3, levels=3)), (64, mk.MXFP8, None, Config(32, 64, 64, 4, 3, levels=2)),
     (96, mk.MXFP4, None, Config(96, 64, 64, 4, 3, levels=3)),
 ):
-    ids = test_slots.routed(160 if block == 96 else 70)
+    ids = test_slots.routed(240 if block == 96 else 70)
     x = torch.randn(ids.shape[0], 128).bfloat16()
     tiles = mk.moe_align_block_size(ids, block, 5, sort=True)
     p = mk.pack(mk.quantize(w, f), gated=act is not None)

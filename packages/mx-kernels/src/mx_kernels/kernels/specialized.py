@@ -3,11 +3,12 @@
     y[p, j] = row_weight[p] * act(alpha[e] * sum_k w[e, n, k] * x[p // top_k, k] + bias[e, n])      e: the expert of pair p
 
 A program stays on its multiprocessor and draws one tile after another of weight rows times the pairs of a block: 192 or 128 rows times up
-to 160 pairs, or 128 rows times up to 256, or 288 where up to 32 of an expert's last block join the one in front. Three warpgroups, or
-two, take 64 rows each, decode a step's weights into registers while the product of the step before runs, and store their part of the
-result while others still multiply (``specialized_tile.py``). Three warps load, several steps ahead and on into the next
-tile (``specialized_load.py``): one draws tiles and sends the copy engine (TMA) for boxes of codes and scales, and of x where
-its rows lie in slot order (TOP_K 0, ``slots.py``); two note a tile's pairs and their weights for the epilogue and copy rows of x that lie anywhere, sixteen bytes a thread. Plain weights (KIND "") are multiplied from shared memory.
+to 160 pairs, or 128 rows times up to 256, or 288 where up to 32 of an expert's last block join the one in front. Three warpgroups, or two,
+take 64 rows each, decode a step's weights into registers while the product of the step before runs, and store their part of the result
+while others still multiply (``specialized_tile.py``). Three warps load, several steps ahead and on into the next tile
+(``specialized_load.py``): one draws tiles and sends the copy engine (TMA) for boxes of codes and scales, and of x where its rows lie in
+slot order (TOP_K 0, ``slots.py``); two note a tile's pairs and their weights for the epilogue and copy rows of x that lie anywhere,
+sixteen bytes a thread. Plain weights (KIND "") are multiplied from shared memory.
 
 ``packing.py`` has the layout of the codes; letters as in ``grouped_gemm.py``.
 """

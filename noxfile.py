@@ -81,7 +81,8 @@ def compile(session: nox.Session, triton: str) -> None:
     """Compile every kernel ahead of time for every target, look at the instructions, and interpret index logic; needs no GPU."""
     # that numpy for the interpreter of Triton 3.6
     install(session, "test", extra=(triton, "numpy<2.4", "pytest-xdist"))
-    session.run("python", "-m", "pytest", "-m", "compile", f"-n{min(4, os.cpu_count() or 1)}", *session.posargs)
+    workers = (f"-n{min(4, os.cpu_count() or 1)}", "--dist", "worksteal")  # the longest tests would be one worker's
+    session.run("python", "-m", "pytest", "-m", "compile", *workers, *session.posargs)
 
 
 @nox.session

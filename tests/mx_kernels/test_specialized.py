@@ -330,8 +330,11 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("act", [SILU, OAI, None], ids=["silu", "oai", "gemm2"])
+@pytest.mark.parametrize(
+    ("act", "out"),
+    [(SILU, torch.bfloat16), (OAI, torch.float32), (None, torch.bfloat16), (None, torch.float32)],
+    ids=["silu-bf16", "oai-fp32", "gemm2-bf16", "gemm2-fp32"],
+)
 @pytest.mark.parametrize("slots", [True, False], ids=["slots", "pairs"])
 def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out, slots):
     """Weights by the copy engine, x too where it lies in slot order, and products from shared memory; one is issued before the one in

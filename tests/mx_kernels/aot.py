@@ -7,7 +7,9 @@ parameters is compared with those that it declares.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import itertools
 import re
 import struct
@@ -46,12 +48,13 @@ class Compiled:
     spills: int
     shared: int
     cubin: bytes | None = None
+    said: str = ""
 
     @functools.cached_property
     def log(self) -> str:
         """What ``ptxas -v`` says: C7510 and C7515 are serialized wgmma. Empty for AMD."""
-        if self.cubin is None:
-            return ""
+        if self.cubin is None or self.said:
+            return self.said
         arch = re.search(r"\.target\s+(\w+)", self.asm)
         assert arch is not None
         tool = get_ptxas(TARGETS[self.target].arch).path
@@ -64,8 +67,7 @@ class Compiled:
     @functools.cached_property
     def sass(self) -> list[str]:
         """The machine instructions in order ("LDG.E.128 R4, ..." with predicates removed); NVIDIA only."""
-        text = self._tool("nvdisasm", "-c")
-        found = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[^;]*);", text, re.M)
+        found = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[^;]*);", self._text, re.M)
         return [line for line in (f.strip() for f in found) if not line.startswith("NOP")]
 
     def opcodes(self, *, full: bool = False) -> Counter[str]:
@@ -78,7 +80,7 @@ class Compiled:
         instructions: list[str] = []
         labels: dict[str, int] = {}
         found = []
-        for line in self._tool("nvdisasm", "-c").splitlines():
+        for line in self._text.splitlines():
             if label := re.match(r"\s*(\.L_\w+):", line):
                 labels[label.group(1)] = len(instructions)
             elif m := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[^;]*);", line):
@@ -111,6 +113,10 @@ class Compiled:
                     found.append(line)
         return found
 
+    @functools.cached_property
+    def _text(self) -> str:
+        return self._tool("nvdisasm", "-c")
+
     def _tool(self, name: str, *flags: str) -> str:
         assert self.cubin is not None, f"{self.target} has no cubin"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -125,18 +131,19 @@ _NO_RESULT = re.compile(
 )
 
 
-def _written(line: str) -> set[int]:
+@functools.cache
+def _written(line: str) -> frozenset[int]:
     """The registers that a machine instruction writes."""
     opcode, *operands = line.replace(",", " ").split()
     result = next((o for o in operands if re.match(r"R\d+", o)), None)
     if _NO_RESULT.match(opcode) or result is None or (operands[0] != result and operands[0][0] != "P"):
-        return set()
+        return frozenset()
     first = int(re.match(r"R(\d+)", result).group(1))  # type: ignore[union-attr]
     parts = opcode.split(".")
     wide = 2 if parts[0] == "CS2R" and "32" not in parts else max([_WIDTHS.get(p, 1) for p in parts])
     if parts[0] == "LDSM":
         wide = int(parts[-1]) if parts[-1].isdigit() else 1
-    return set(range(first, first + wide))
+    return frozenset(range(first, first + wide))
 
 
 def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options) -> Compiled:
@@ -159,7 +166,10 @@ def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options
         fn=fn, signature=types, constexprs={(names.index(k),): v for k, v in constexprs.items()}, attrs=attrs
     )
     gpu = TARGETS[target]
-    kernel = triton_compile(source, target=gpu, options=options)
+    said = io.StringIO()  # nothing where Triton's cache has the kernel
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        triton.knobs.nvidia.dump_ptxas_log = gpu.backend == "cuda"
+        kernel = triton_compile(source, target=gpu, options=options)
     shared = kernel.metadata.shared
     if gpu.backend == "hip":
         asm = kernel.asm["amdgcn"]
@@ -173,7 +183,7 @@ def compile_kernel(fn, signature, constexprs, target, *, unaligned=(), **options
     if gpu.arch >= 90 or not any("tensordesc" in kind for kind in types.values()):  # older ones have no copy engine
         codes = [*itertools.chain(*parameters([types[name] for name in names])), *SCRATCH]
         assert _parameter_bytes(made.asm) == [struct.calcsize(code) for code in codes], "the driver cannot launch it"
-    return Compiled(target, made.asm, made.ir, registers, stack + local, shared, made.cubin)
+    return Compiled(target, made.asm, made.ir, registers, stack + local, shared, made.cubin, said.getvalue())
 
 
 def _parameter_bytes(ptx: str) -> list[int]:

@@ -50,7 +50,7 @@ def _gather_rows_kernel(
     row = tl.load(x + token * x_stride + k, mask=k < W)
     for i in tl.static_range(TOP_K):
         r = tl.load(places + token * TOP_K + i).to(tl.int64)
-        tl.store(out + r * W + k, row, mask=(k < W) & (r >= 0))
+        tl.store(out + r * W + k, row, mask=k < tl.where(r >= 0, W, 0))
         if SCALED:
             tl.store(out_scale + r, tl.load(scale + token), mask=r >= 0)  # the same from each program of a row
 

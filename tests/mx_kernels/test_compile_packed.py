@@ -73,7 +73,7 @@ def compiled(aot, plan, tensors, target: str, **changed):
     options = {k: v for k, v in plan.options.items() if not (aot.TARGETS[target].backend == "hip" and k == "maxnreg")}
     if aot.TARGETS[target].backend == "hip":
         options["num_stages"] = 2
-    loose = ("experts", "pairs", "blocks", "piece_stride", "strips", "rows", "ahead")
+    loose = ("experts", "pairs", "blocks", "piece_stride", "strips", "rows", "ahead", "flow")
     return aot.compile_kernel(
         kernel._grouped_gemm_packed_kernel, signature, constants, target, unaligned=loose, **options
     ), constants
@@ -123,6 +123,9 @@ def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
     assert (
         made.asm.count("griddepcontrol.wait") == 3
     )  # at once, behind what is asked for, and of who leaves without work
+    counts = c["SPLIT"] == 1 and c["ROUTE"] == kernel.SORTED.value
+    assert made.asm.count("ld.acquire.gpu") == 1 + counts  # of what has been counted: early, and while there is not enough
+    assert made.asm.count(".global.gpu.release.add") == counts
     assert not any(code in made.log for code in ("C7510", "C7515"))
     assert not made.overwritten()
     assert made.registers <= registers

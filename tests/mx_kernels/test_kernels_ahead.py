@@ -1,11 +1,18 @@
 """Weights that a product asks for before it begins: those that its first steps load. In Triton's interpreter; what asks for them is in
-compiled code (``test_compile_packed.py``, ``test_kernels_rebased.py``), and layers on a GPU give the same bits (``test_moe.py``)."""
+compiled code (``test_compile_packed.py``, ``test_kernels_rebased.py``), and layers on a GPU give the same bits (``test_moe.py``).
+
+On a GPU also blocks that a product counts, and for which another waits.
+"""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
+import torch
+
+import mx_kernels as mk
 
 INTERPRETED = """
 import torch
@@ -111,3 +118,56 @@ def rows(constants, numbers):
 @pytest.mark.compile
 def test_what_is_asked_for_in_the_interpreter(interpreted):
     interpreted(INTERPRETED)
+
+
+def product(run, x, w, tiles, y, counter):
+    """Launch it without anything of an epilogue."""
+    words = w.data if w.format is None else w.data.view(torch.int32)
+    scale = y if w.scale is None else w.scale
+    run(x, words, scale, y, tiles.sorted_ids, tiles.expert_ids, tiles.num_padded, y, y, y, y, counter)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3", "bf16"])
+@pytest.mark.parametrize("tokens", [20, 100, 700])
+def test_blocks_are_counted_and_waited_for(tokens, name):
+    """Each program counts behind what it stored. GEMM 2 starts with h full of NaN, and is right as soon as h and the counts are."""
+    kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
+    flat = importlib.import_module("mx_kernels.packed_gemm").flat_product
+    experts, hidden, width, k = 32, 256, 128, 4
+    w13, w2 = (torch.randn(experts, *s, device="cuda").bfloat16() / 16 for s in ((2 * width, hidden), (hidden, width)))
+    if name != "bf16":
+        w13, w2 = mk.quantize(w13, name), mk.quantize(w2, name)
+    w13, w2 = mk.pack(w13, gated=True), mk.pack(w2)
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    ids = torch.rand(tokens, experts, device="cuda").topk(k).indices.int()
+    tiles = mk.moe_align_block_size(ids, mk.block_size(ids.numel(), experts, "cuda", w13), experts, sort=True)
+    first = mk.Epilogue(activation=mk.Activation("silu"))
+    wanted_h = mk.grouped_gemm(x, w13, tiles, top_k=k, epilogue=first)
+    wanted_y = mk.grouped_gemm(wanted_h, w2, tiles)
+    one = kernel.plan_packed(*flat(x, w13, tiles, k, first, None, torch.bfloat16))
+    two = kernel.plan_packed(*flat(wanted_h, w2, tiles, 1, mk.Epilogue(), None, torch.bfloat16))
+    if not one.leads(two):
+        pytest.skip("kernels do not start early on this device")
+    h, y = torch.full_like(wanted_h, torch.nan), torch.empty_like(wanted_y)
+    blocks = tiles.expert_ids.numel()
+    used = int(tiles.num_padded) // tiles.block_size
+    assert used < blocks  # the last program, which waits for all of the kernel in front, has no block
+    counts = torch.zeros(blocks, dtype=torch.int32, device="cuda")
+    product(one.counting, x, w13, tiles, h, counts)
+    assert torch.equal(h, wanted_h)
+    assert counts.tolist() == [one.tiles] * used + [0] * (blocks - used)
+    for late in (False, True):
+        if late:
+            h.fill_(torch.nan)
+            counts.zero_()
+        torch.cuda.synchronize()
+        product(two.behind(one.tiles), h, w2, tiles, y, counts)
+        if late:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda._sleep(1 << 20)
+                h.copy_(wanted_h)
+                counts.fill_(one.tiles)
+        torch.cuda.synchronize()
+        assert torch.equal(y, wanted_y)
+        y.zero_()

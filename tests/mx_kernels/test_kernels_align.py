@@ -44,6 +44,25 @@ def routing(tokens, top_k, experts, kind="uniform"):
     return ids
 
 
+def clears(tokens):
+    """A zero for each block, and nothing behind, where kernels that start early count."""
+    from mx_kernels.kernels import align
+
+    p = align.plan(tokens * 4, 16, 60, None, torch.device("cpu"))
+    tensors = {"ids": routing(tokens, 4, 60), "expert_map": None}
+    tensors |= {name: torch.empty(size, dtype=torch.int32) for name, size in p.sizes.items()}
+    blocks = p.sizes["expert_ids"]
+    zeros = torch.full((blocks + 1,), 7, dtype=torch.int32)
+    for launch, names in p.launches:
+        given = [tensors[name] for name in names]
+        if "sorted_ids" in names:
+            launch, given[names.index("sorted_ids") - 1] = launch.having(ZEROS=True), zeros  # noqa: PLW2901
+        launch(*given)
+    assert zeros.tolist() == [0] * blocks + [7]
+    for got, want in zip(("sorted_ids", "expert_ids", "num_padded"), aligned(tensors["ids"], 16, 60, None), strict=True):
+        assert torch.equal(tensors[got], want)
+
+
 INTERPRETED = """
 import torch
 import test_kernels_align as t
@@ -60,6 +79,8 @@ align.plan.cache_clear()
 t.check(t.routing(700, 4, 128, "uniform"), 64, 128)
 t.check(t.routing(1100, 4, 60, "skewed"), 128, 60)
 t.check(t.routing(700, 4, 60, "skewed"), 160, 60)
+for tokens in (5, 300, 5000):
+    t.clears(tokens)
 print("right")
 """
 

@@ -55,7 +55,7 @@ def number(run, name):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("tokens", [1, 40, 300, 2049])
+@pytest.mark.parametrize("tokens", [1, 40, 300, 2049, 4097])
 @pytest.mark.parametrize("kind", ["mxfp4", "bf16", "rebased", "rebased_mxfp8"])
 def test_who_asks_for_weights(kernels, monkeypatch, kind, tokens):
     """A layer's GEMM 2, and re-based products, which do not follow the alignment; none of MXFP4, none of the steps one by one."""
@@ -70,9 +70,37 @@ def test_who_asks_for_weights(kernels, monkeypatch, kind, tokens):
     alone = [number(run, "ahead") for run, _ in ledger.take() if "grouped_gemm" in run.kernel.__name__]
     assert layer.launch(*given) is not None
     one, two = (number(run, "ahead") for run, _ in ledger.take() if "grouped_gemm" in run.kernel.__name__)
-    few = tokens <= 2048
+    few = tokens * test_moe.K <= launch.PDL_PAIRS["rebased" if rebased else "product"]
     assert alone == [0, 0]
     assert (one, two) == (few and kind == "rebased_mxfp8", few and kind != "rebased")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("tokens", [1, 40, 300, 2049, 4097])
+@pytest.mark.parametrize("kind", ["mxfp4", "bf16"])
+def test_who_waits_for_blocks(kernels, monkeypatch, kind, tokens):
+    """A layer's GEMM 2, for those that its GEMM 1 counts where the alignment has written zeros; nobody in the steps one by one, nor
+    where pairs are not sorted, or products do not start early."""
+    layer = test_moe.make_layer(kind)
+    ledger = Ledger(monkeypatch)
+    launch = kernels["launch"]
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target(True, True, 132, pdl=True))
+    given = test_moe.make_input(tokens)
+    test_moe.steps(layer, *given)
+    alone = [number(run, "flow") for run, _ in ledger.take() if "grouped_gemm" in run.kernel.__name__]
+    assert alone == [0, 0]
+    assert layer.launch(*given) is not None
+    calls = ledger.take()
+    one, two = ((run, places) for run, places in calls if "grouped_gemm" in run.kernel.__name__)
+    led = 64 < tokens * test_moe.K <= launch.PDL_PAIRS["product"]
+    assert (number(one[0], "flow"), number(two[0], "flow")) == ((-1, 2 * test_moe.I // 128) if led else (0, 0))
+    if led:
+        aligned = next((run, places) for run, places in calls if "sorted_ids" in run.kernel.arg_names)
+        zeros = aligned[1][aligned[0].kernel.arg_names.index("zeros")]
+        assert number(aligned[0], "ZEROS")
+        assert zeros not in aligned[1][-3:]
+        counter = one[0].kernel.arg_names.index("counter")
+        assert one[1][counter] == two[1][counter] == zeros
 
 
 @pytest.mark.compile
@@ -117,7 +145,7 @@ def test_shared_memory_of_a_program(kernels):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("tokens", [1, 5, 40, 300, 2048, 2049])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300, 2048, 2049, 4097])
 @pytest.mark.parametrize("kind", ["mxfp4", "bf16", "rebased"])
 def test_who_starts_early_and_who_lets_it(kernels, monkeypatch, kind, tokens):
     """All kernels of a few pairs, but for products whose programs are few and uneven; of many the alignment's last two."""
@@ -132,8 +160,8 @@ def test_who_starts_early_and_who_lets_it(kernels, monkeypatch, kind, tokens):
         assert not early(run) or lets(run)
     for front, behind in itertools.pairwise(runs):
         assert not early(behind) or lets(front)
-    few = tokens * test_moe.K <= 8192
-    assert early(runs[-1]) == few
+    assert early(runs[-1]) == (tokens * test_moe.K <= 8192)
+    few = tokens * test_moe.K <= launch.PDL_PAIRS["rebased" if kind == "rebased" else "product"]
     products = [run for run in runs if "grouped_gemm" in run.kernel.__name__]
     assert len(products) == 2
     assert all(lets(run) == few for run in products)

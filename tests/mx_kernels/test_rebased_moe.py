@@ -90,10 +90,10 @@ def ledger(monkeypatch):
 
 
 WRITES = {
-    "_align_kernel": ("sorted_ids", "expert_ids", "num_padded"),
+    "_align_kernel": ("zeros", "sorted_ids", "expert_ids", "num_padded"),
     "_count_kernel": ("counts",),
     "_scan_kernel": ("counts",),
-    "_place_kernel": ("sorted_ids", "expert_ids", "num_padded"),
+    "_place_kernel": ("zeros", "sorted_ids", "expert_ids", "num_padded"),
     "_rebase_rows_kernel": ("out", "scale"),
     "_places_kernel": ("places",),
     "_gather_rows_kernel": ("out", "out_scale"),
@@ -105,6 +105,7 @@ UNLESS = {  # constant -> parameters that a kernel does not touch where it is no
     "LISTED": ("sorted_ids", "num_padded"),
     "FP4": ("octaves",),
     "BIAS": ("bias",),
+    "ZEROS": ("zeros",),
     "WEIGHTED": ("row_weight", "weights"),
     "QUANTIZE": ("y_scale",),
     "HAS_MAP": ("expert_map",),

@@ -95,3 +95,66 @@ def wait_where(condition):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def count_of(counter, count):
+    """What programs of the kernel in front have counted there (``counted``): to be asked for early, beside other loads. 0 where ``count``
+    is 0 or less, since there is no counter."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred p;
+        setp.gt.s32 p, $2, 0;
+        mov.b32 $0, 0;
+        @p ld.acquire.gpu.global.b32 $0, [$1];
+        }
+        """,
+        "=&r,l,r",
+        [counter.to(tl.int64), count],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def wait_for(counter, count, found):
+    """Wait until programs of the kernel in front have counted to ``count`` there; for the end of that kernel where ``count`` is 0 or less.
+    found: ``count_of`` a while ago.
+
+    No program that waits keeps those from running for which it does: it is there because all of them have begun or ended, as each lets
+    the next kernel start.
+    """
+    tl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred p;
+        .reg .b32 v;
+        setp.gt.s32 p, $2, 0;
+        @!p griddepcontrol.wait;
+        setp.ge.s32 p, $3, $2;
+        @p bra done;
+        again:
+        ld.acquire.gpu.global.b32 v, [$1];
+        setp.ge.s32 p, v, $2;
+        @p bra done;
+        nanosleep.u32 64;
+        bra again;
+        done:
+        mov.b32 $0, $2;
+        }
+        """,
+        "=r,l,r,r",
+        [counter.to(tl.int64), count, found],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def counted(counter):
+    """Count this program, when all that its threads stored is there for whoever sees the count."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")

@@ -51,10 +51,10 @@ def _half(both, e):
 
 @triton.jit
 def _fill(
-    sorted_ids, expert_ids, num_padded, start, total, padded, pid, programs, pairs, slots,
-    BLOCK: tl.constexpr, EP: tl.constexpr, OWN: tl.constexpr,
+    zeros, sorted_ids, expert_ids, num_padded, start, total, padded, pid, programs, pairs, slots,
+    BLOCK: tl.constexpr, EP: tl.constexpr, OWN: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """Name the blocks of OWN experts, fill their padding, and a share of what lies behind all blocks."""
+    """Name the blocks of OWN experts, fill their padding, and a share of what lies behind all blocks; ZEROS: clear a share of that."""
     used = tl.sum(padded, 0)
     own = pid * OWN + tl.arange(0, OWN)
     there = own < EP
@@ -75,6 +75,10 @@ def _fill(
         tl.store(sorted_ids + rest, tl.zeros((256,), tl.int32) + pairs, mask=rest < slots)
         begins = (rest < slots) & (rest % BLOCK == 0)
         tl.store(expert_ids + rest // BLOCK, tl.full((256,), -1, tl.int32), mask=begins)
+    if ZEROS:
+        for at in range(pid * 256, slots // BLOCK, programs * 256):
+            block = at + tl.arange(0, 256)
+            tl.store(zeros + block, tl.zeros((256,), tl.int32), mask=block < slots // BLOCK)
     if pid == 0:
         tl.store(num_padded, used)
 
@@ -83,6 +87,7 @@ def _fill(
 def _align_kernel(
     ids,  # [P]
     expert_map,
+    zeros,  # [slots / BLOCK]
     sorted_ids,  # [slots], the capacity
     expert_ids,  # [slots / BLOCK]
     num_padded,  # [1]
@@ -95,6 +100,7 @@ def _align_kernel(
     EP: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """All in one tile: each program places the pairs of GROUP experts."""
@@ -114,7 +120,8 @@ def _align_kernel(
         position += here * _half(tl.cumsum(one, 0), e)
     tl.store(sorted_ids + position, i, mask=mine)
     _fill(
-        sorted_ids, expert_ids, num_padded, start, total, padded, group, tl.num_programs(0), pairs, slots, BLOCK, EP, GROUP
+        zeros, sorted_ids, expert_ids, num_padded, start, total, padded, group, tl.num_programs(0), pairs, slots,
+        BLOCK, EP, GROUP, ZEROS,
     )  # fmt: skip
 
 
@@ -162,6 +169,7 @@ def _place_kernel(
     ids,  # [P]
     expert_map,
     counts,  # [chunks + 1, EP]
+    zeros,  # [slots / BLOCK]
     sorted_ids,  # [slots], the capacity
     expert_ids,  # [slots / BLOCK]
     num_padded,  # [1]
@@ -174,6 +182,7 @@ def _place_kernel(
     EP: tl.constexpr,
     CHUNK: tl.constexpr,
     OWN: tl.constexpr,
+    ZEROS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Add up what is in front of each pair: the experts before its own, their pairs in earlier chunks, and those in this one."""
@@ -195,7 +204,9 @@ def _place_kernel(
     start = tl.cumsum(padded, 0) - padded
     position += tl.gather(start + before, tl.where(mine >= 0, mine, 0), 0)
     tl.store(sorted_ids + position, i, mask=mine >= 0)
-    _fill(sorted_ids, expert_ids, num_padded, start, total, padded, pid, programs, pairs, slots, BLOCK, EP, OWN)
+    _fill(
+        zeros, sorted_ids, expert_ids, num_padded, start, total, padded, pid, programs, pairs, slots, BLOCK, EP, OWN, ZEROS
+    )  # fmt: skip
 
 
 def moe_align_block_size(
@@ -228,14 +239,16 @@ class Plan:
 
 @functools.lru_cache(maxsize=4096)
 def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, device: torch.device) -> Plan:
-    """No launch for no pairs, one for few, three for many."""
+    """No launch for no pairs, one for few, three for many. Where products start early, a zero for each block too."""
     slots = capacity(pairs, block_size, num_experts)
     sizes = {"sorted_ids": slots, "expert_ids": slots // block_size, "num_padded": 1}
+    zeros = starts_early("product", pairs, device)  # in which they count their tiles
+    sizes |= {"zeros": slots // block_size} if zeros else {}
     if pairs == 0:
         return Plan(sizes, ())
     bins = max(64, triton.next_power_of_2(num_experts))
     numbers = (pairs, num_experts, num_global or 0)
-    given, made = ("ids", "expert_map"), ("sorted_ids", "expert_ids", "num_padded")
+    given, made = ("ids", "expert_map"), ("zeros" if zeros else "num_padded", "sorted_ids", "expert_ids", "num_padded")
     fixed: dict[str, Any] = {"HAS_MAP": num_global is not None, "EP": bins}
     lets = any(starts_early(behind, pairs, device) for behind in ("place", "product", "rebase_rows"))
     first = fixed | early_options(starts_early("align", pairs, device), lets)
@@ -247,6 +260,7 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
             BLOCK=block_size,
             TILE=tile,
             GROUP=2,
+            ZEROS=zeros,
             num_warps=align_warps(tile),
         )
         return Plan(sizes, ((run, given + made),))
@@ -267,6 +281,7 @@ def plan(pairs: int, block_size: int, num_experts: int, num_global: int | None, 
         BLOCK=block_size,
         CHUNK=chunk,
         OWN=max(2, triton.next_power_of_2(-(-bins // chunks))),
+        ZEROS=zeros,
         num_warps=4,
     )
     steps = ((count, (*given, "counts")), (scan, ("counts",)), (place, (*given, "counts", *made)))

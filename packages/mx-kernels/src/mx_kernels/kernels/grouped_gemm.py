@@ -4,7 +4,7 @@ many pairs an expert on Hopper. Everything about a launch that follows from size
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ _spare: dict[torch.device, list[Tensor]] = {}
 @dataclass
 class _Plan:
     """A launch without its tensors. partial: float32 values, and counters: int32 zeros, that it needs. boxes: which tensors the copy
-    engine loads: (place, shape, that of a box)."""
+    engine loads: (place, shape, that of a box). tiles: of a block of ``pairs`` pairs, where its programs can count them or wait for
+    those in front of them; else 0."""
 
     kernel: Any
     sizes: tuple[int | float, ...]
@@ -46,6 +47,9 @@ class _Plan:
     counters: int
     device: torch.device
     boxes: tuple[tuple[int, tuple[int, int], tuple[int, int]], ...] = ()
+    tiles: int = 0
+    pairs: int = 0
+    made: dict[int, Launch] = field(default_factory=dict)
 
     @functools.cached_property
     def launch(self) -> Launch:
@@ -57,10 +61,28 @@ class _Plan:
             boxes = tuple((at, functools.partial(descriptor, shape=shape, box=box)) for at, shape, box in self.boxes)
         return Launch(self.kernel, (self.programs,), self.device, *values, boxes=boxes, **self.options)
 
+    @property
+    def early(self) -> bool:
+        """Whether it starts before the kernel in front has ended."""
+        return bool(self.options.get("launch_pdl"))
+
+    def leads(self, other: "_Plan") -> bool:
+        """Whether ``other``, behind this one, can begin with what this one has done: tiles of the same blocks, which it counts."""
+        return self.tiles > 0 and other.tiles > 0 and other.early and self.pairs == other.pairs
+
     @functools.cached_property
-    def behind(self) -> Launch:
-        """The same behind a kernel that began when the alignment had ended: weights are asked for before that kernel has (``ahead.py``)."""
-        return self.launch.having(ahead=1) if self.options.get("launch_pdl") else self.launch
+    def counting(self) -> Launch:
+        """The same, and each program counts its tile, at its block's place in ``counter``, for a kernel behind (``behind``)."""
+        return self.launch.having(flow=-1)
+
+    def behind(self, tiles: int = 0) -> Launch:
+        """The same behind a kernel that began when the alignment had ended: weights are asked for before that kernel has (``ahead.py``).
+        tiles: of a block, for which to wait at its place in ``counter``, instead of for the end of that kernel."""
+        if not self.early:
+            return self.launch
+        if tiles not in self.made:
+            self.made[tiles] = self.launch.having(ahead=1, flow=tiles)
+        return self.made[tiles]
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -163,6 +185,8 @@ def grouped_gemm_packed(
         partial = torch.empty((plan.partial,), dtype=torch.float32, device=x.device)
     if plan.counters:
         counter = counters(x.device, plan.counters)
+    elif plan.tiles and num_padded is not None:
+        counter = num_padded  # of the counters' type, and not read where nothing is behind or in front
     if w_format:
         w = w.view(torch.int32)
     given = (w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight)
@@ -310,7 +334,7 @@ def _plan(
         options["maxnreg"] = _REGISTERS.get(c.maxnreg, c.maxnreg)
     sizes = (
         *(experts, n, k, strips, rows, *strides, stride[-2], stride[0] if count > 1 else 0, num_pairs, blocks),
-        *(alpha, beta, limit, 0),
+        *(alpha, beta, limit, 0, 0),
     )
     constants = (
         *(c.pairs, parts, c.rows, c.step, kind, problem.block, route, c.split, c.group, c.levels, tail),
@@ -329,6 +353,8 @@ def _plan(
         partial,
         blocks * tiles if partial else 0,
         device,
+        tiles=tiles if pdl and parts == c.split == 1 and route == SORTED.value else 0,
+        pairs=c.pairs,
     )
 
 

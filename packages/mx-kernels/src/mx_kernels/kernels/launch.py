@@ -72,11 +72,12 @@ def takes_registers() -> bool:
     return version < (12, 9)
 
 
-PDL_PAIRS = {"align": 8192, "place": 1 << 31, "product": 8192, "rebase_rows": 8192, "combine": 8192}
+PDL_PAIRS = {"align": 8192, "place": 1 << 31, "product": 16384, "rebase_rows": 8192, "rebased": 8192, "combine": 8192}
 """Up to how many pairs a kernel starts before the one in front of it has ended (NVIDIA, sm_90 and up).
 
 Such a kernel waits for the end of the one in front (``gdc_wait``) before it reads what that or anything earlier wrote, and only then
-lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. "place" stands for the
+lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. A layer's GEMM 2 waits for
+the tiles of its blocks instead, and its last program for all of GEMM 1 (``ahead.wait_for``). "place" stands for the
 alignment's last two; the last reads the ids, and nothing else, before it waits: the alignment's first has waited for them.
 """
 

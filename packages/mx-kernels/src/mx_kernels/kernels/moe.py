@@ -168,15 +168,17 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     two = grouped_gemm.plan_packed(
         *flat_product(h, w2, tiles, 0 if ordered else 1, Epilogue(layer.w2_bias), weights, dtype)
     )
-    for product, rows_of, w, result in ((one, source, "w13", "h"), (two, "h", "w2", "y")):
+    led = one.leads(two)
+    runs = (one.counting, two.behind(one.tiles)) if led else (one.launch, two.behind())
+    for product, run, rows_of, w, result in ((one, runs[0], source, "w13", "h"), (two, runs[1], "h", "w2", "y")):
         partial, counters = f"{w}_partial" if product.partial else "", "counters" if product.counters else ""
+        counters = "zeros" if product.tiles else counters
         parts |= {partial: 4 * product.partial} if partial else {}
         names = (
             *(rows_of, w, f"{w}_scale", result, *where, f"{w}_alpha", f"{w}_bias", "weights" if product is two else ""),
             *(partial, counters),
         )
         there = {*GIVEN, *layer.tensors, *parts, "counters"}
-        run = product.behind if product is two else product.launch
         launches.append((run, tuple(name if name in there else result for name in names)))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
     launches.append((total, ("y", "ids", "expert_map", "", "out")))

@@ -14,7 +14,7 @@ to arrive adds them up in a fixed order, so the result does not depend on which 
 import triton
 import triton.language as tl
 
-from .ahead import CHUNK, ask, rows_at, scales_at, tiles_at, wait_where
+from .ahead import CHUNK, ask, count_of, counted, rows_at, scales_at, tiles_at, wait_for, wait_where
 from .dot import packed_dot
 from .epilogue import outputs, store
 
@@ -152,12 +152,12 @@ def _ask(
 
 
 @triton.jit(
-    do_not_specialize=["experts", "pairs", "blocks", "piece_stride", "act_alpha", "act_beta", "act_limit", "ahead"]
+    do_not_specialize=["experts", "pairs", "blocks", "piece_stride", "act_alpha", "act_beta", "act_limit", "ahead", "flow"]
 )
 def _grouped_gemm_packed_kernel(
     x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,
     experts, n, k, strips, rows, w_expert, w_step, s_expert, s_step, x_stride, piece_stride, pairs, blocks,
-    act_alpha, act_beta, act_limit, ahead,
+    act_alpha, act_beta, act_limit, ahead, flow,
     BM: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
     ROUTE: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr, TAIL: tl.constexpr, CLAMP: tl.constexpr,
     MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -172,6 +172,9 @@ def _grouped_gemm_packed_kernel(
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(strips * 16, N)
+    last = tl.num_programs(0) - 1  # waits for the end of the kernel in front, whatever else it waits for
+    COUNTS: tl.constexpr = PDL and SPLIT == 1 and ROUTE == SORTED
+    found = 0
     if PDL:  # noqa: SIM102
         if ahead == 0:
             tl.extra.cuda.gdc_wait()
@@ -198,6 +201,9 @@ def _grouped_gemm_packed_kernel(
         used = tl.load(num_padded)  # the three loads do not wait for each other
         e = tl.load(expert_ids + block // PARTS)
         pair = _pairs(sorted_ids, block * BM, pairs, MAIN, ROUTE)
+        if COUNTS:
+            flow = tl.where(pid == last, tl.minimum(flow, 0), flow)
+            found = count_of(counter + block, flow)
         count = tl.sum((pair < pairs).to(tl.int32), 0)  # padding follows the pairs
         if MAIN < BM:
             over = _pairs(sorted_ids, block * BM + MAIN, pairs, BM - MAIN, ROUTE)
@@ -227,7 +233,7 @@ def _grouped_gemm_packed_kernel(
     if ROUTE != DENSE:
         there &= (e >= 0) & (e < experts)
         if PDL:
-            wait_where((pid == 0) & (there == 0))  # which whatever starts behind this kernel relies on
+            wait_where((pid == last) & (there == 0))  # which whatever starts behind this kernel relies on
         if not there:
             return
     strip0 = tile * (N // 16)
@@ -236,7 +242,7 @@ def _grouped_gemm_packed_kernel(
     if PDL:  # noqa: SIM102
         if ahead != 0:
             _ask(w, s, e, strip0, split, strips, rows, w_expert, w_step, s_expert, s_step, k, N, BK, KIND, BLOCK, SPLIT)
-            tl.extra.cuda.gdc_wait()
+            wait_for(counter + block, flow, found)
             tl.extra.cuda.gdc_launch_dependents()
     scale = 1.0
     if HAS_ALPHA:
@@ -277,3 +283,6 @@ def _grouped_gemm_packed_kernel(
             MAIN, 0, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
             HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
+    if COUNTS:  # noqa: SIM102
+        if flow < 0:
+            counted(counter + block)

@@ -425,7 +425,7 @@ def plan_product(
     slots = -(-(capacity // block_m) // group) * group * -(-n // bn)
     boxes = [(0, (capacity, k), (block_m, bk)), (1, (experts * n, k), (bn, bk))]  # w too, where it is E4M3
     live = max(Problem("e4m3", 32, pairs, experts, n, k).active, pairs / block_m) * -(-n // bn) * split
-    lets = starts_early("product", pairs, device)
+    lets = starts_early("rebased", pairs, device)
     most = together(live, k / split, target(device).units) if lets else None
     run = Launch(
         _grouped_gemm_rebased_kernel, (slots * split,), device, pairs, n, n // 2 if activation else n, 0,

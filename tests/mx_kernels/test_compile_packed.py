@@ -124,7 +124,9 @@ def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
         made.asm.count("griddepcontrol.wait") == 3
     )  # at once, behind what is asked for, and of who leaves without work
     counts = c["SPLIT"] == 1 and c["ROUTE"] == kernel.SORTED.value
-    assert made.asm.count("ld.acquire.gpu") == 1 + counts  # of what has been counted: early, and while there is not enough
+    assert (
+        made.asm.count("ld.acquire.gpu") == 1 + counts
+    )  # of what has been counted: early, and while there is not enough
     assert made.asm.count(".global.gpu.release.add") == counts
     assert not any(code in made.log for code in ("C7510", "C7515"))
     assert not made.overwritten()

@@ -157,17 +157,21 @@ def test_blocks_are_counted_and_waited_for(tokens, name):
     product(one.counting, x, w13, tiles, h, counts)
     assert torch.equal(h, wanted_h)
     assert counts.tolist() == [one.tiles] * used + [0] * (blocks - used)
-    for late in (False, True):
-        if late:
-            h.fill_(torch.nan)
-            counts.zero_()
+    product(two.behind(one.tiles), h, w2, tiles, y, counts)
+    assert torch.equal(y, wanted_y)
+    beside = torch.cuda.Stream()
+    for late in (False, True):  # first in time, which also loads what must not be loaded while a kernel waits
+        h.fill_(torch.nan)
+        counts.zero_()
+        y.zero_()
         torch.cuda.synchronize()
-        product(two.behind(one.tiles), h, w2, tiles, y, counts)
-        if late:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                torch.cuda._sleep(1 << 20)
-                h.copy_(wanted_h)
-                counts.fill_(one.tiles)
+        for step in ("wait", "write") if late else ("write", "wait"):
+            if step == "wait":
+                product(two.behind(one.tiles), h, w2, tiles, y, counts)
+            else:
+                with torch.cuda.stream(beside):
+                    torch.cuda._sleep(1 << 20)
+                    h.copy_(wanted_h)
+                    counts.fill_(one.tiles)
         torch.cuda.synchronize()
         assert torch.equal(y, wanted_y)
-        y.zero_()

@@ -56,10 +56,12 @@ def clears(tokens):
     for launch, names in p.launches:
         given = [tensors[name] for name in names]
         if "sorted_ids" in names:
-            launch, given[names.index("sorted_ids") - 1] = launch.having(ZEROS=True), zeros  # noqa: PLW2901
+            launch, given[names.index("sorted_ids") - 1] = launch.having(ZEROS=True), zeros
         launch(*given)
     assert zeros.tolist() == [0] * blocks + [7]
-    for got, want in zip(("sorted_ids", "expert_ids", "num_padded"), aligned(tensors["ids"], 16, 60, None), strict=True):
+    for got, want in zip(
+        ("sorted_ids", "expert_ids", "num_padded"), aligned(tensors["ids"], 16, 60, None), strict=True
+    ):
         assert torch.equal(tensors[got], want)
 
 

@@ -152,7 +152,17 @@ def _ask(
 
 
 @triton.jit(
-    do_not_specialize=["experts", "pairs", "blocks", "piece_stride", "act_alpha", "act_beta", "act_limit", "ahead", "flow"]
+    do_not_specialize=[
+        "experts",
+        "pairs",
+        "blocks",
+        "piece_stride",
+        "act_alpha",
+        "act_beta",
+        "act_limit",
+        "ahead",
+        "flow",
+    ]
 )
 def _grouped_gemm_packed_kernel(
     x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,

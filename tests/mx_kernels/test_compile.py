@@ -157,7 +157,7 @@ def test_align(aot, target, pairs, experts, mapped, monkeypatch):
         names = launch.kernel.arg_names
         values = dict(zip(names[len(tensors) :], launch.values, strict=True))
         numbers = {n: "i32" for n in names[len(tensors) :] if n.islower() and values[n]}
-        signature = {n: "*i32" for n in tensors if mapped or n != "expert_map"} | numbers
+        signature = {n: "*i32" for n in names[: len(tensors)] if mapped or n != "expert_map"} | numbers
         constants = {n: v for n, v in values.items() if n not in numbers}
         constants |= {"expert_map": None} if not mapped and "expert_map" in names else {}
         unaligned = tuple(n for n in numbers if values[n] % 16)
@@ -191,11 +191,18 @@ def test_activate(aot, target, kind, f):
 def test_combine(aot, target):
     from mx_kernels.kernels import combine
 
-    signature = {"y": "*bf16", "ids": "*i32", "weights": "*fp32", "out": "*bf16", "experts": "i32", "H": "i32"}
+    signature = {"y": "*bf16", "ids": "*i32", "weights": "*fp32", "done": "*i32", "out": "*bf16"}
+    signature |= {"experts": "i32", "H": "i32", "clears": "i32"}
     constants = {"TOP_K": 8, "HAS_MAP": False, "WEIGHTED": True, "COLUMNS": 1024, "expert_map": None, "num_global": 0}
     constants["PDL"] = target in ("sm_90", "sm_100", "sm_120")
     checked(
         aot.compile_kernel(
-            combine._combine_kernel, signature, constants, target, unaligned=("experts",), num_warps=4, **NO_FUSION
+            combine._combine_kernel,
+            signature,
+            constants,
+            target,
+            unaligned=("experts", "clears"),
+            num_warps=4,
+            **NO_FUSION,
         )
     )

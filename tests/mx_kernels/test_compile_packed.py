@@ -120,18 +120,14 @@ def test_shipped_configurations_on_hopper(aot, launched, name, block, act):
         instructions *= 1.31 if block == 96 else 1.01  # whose operands are moved
     assert "wgmma.mma_async" in made.asm
     assert "cp.async.bulk.prefetch.L2" in made.asm
-    assert (
-        made.asm.count("griddepcontrol.wait") == 3
-    )  # at once, behind what is asked for, and of who leaves without work
-    counts = c["SPLIT"] == 1 and c["ROUTE"] == kernel.SORTED.value
-    assert (
-        made.asm.count("ld.acquire.gpu") == 1 + counts
-    )  # of what has been counted: early, and while there is not enough
-    assert made.asm.count(".global.gpu.release.add") == counts
+    loops = [loop for loop in made.loops() if any(line.startswith("HGMMA") for line in loop)]
+    # at once, behind what is asked for, of who leaves without work, and, where nothing is sorted, behind the work of the last
+    assert made.asm.count("griddepcontrol.wait") == 3 + (c["ROUTE"] != kernel.SORTED.value)
+    assert made.asm.count("ld.acquire.gpu") == 2  # of what has been counted: early, and while there is not enough
+    assert 1 <= made.asm.count(".global.gpu.release.add") <= len(loops)
     assert not any(code in made.log for code in ("C7510", "C7515"))
     assert not made.overwritten()
     assert made.registers <= registers
-    loops = [loop for loop in made.loops() if any(line.startswith("HGMMA") for line in loop)]
     assert len(loops) == c["LEVELS"] + (block == 96)
     for loop in loops:
         assert not [line for line in loop if line.startswith("STL")], "a spill in the K loop"

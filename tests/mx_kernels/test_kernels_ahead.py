@@ -120,28 +120,34 @@ def test_what_is_asked_for_in_the_interpreter(interpreted):
     interpreted(INTERPRETED)
 
 
-def product(run, x, w, tiles, y, counter):
+def product(plan, run, x, w, tiles, y, done):
     """Launch it without anything of an epilogue."""
     words = w.data if w.format is None else w.data.view(torch.int32)
     scale = y if w.scale is None else w.scale
-    run(x, words, scale, y, tiles.sorted_ids, tiles.expert_ids, tiles.num_padded, y, y, y, y, counter)
+    partial = torch.empty(plan.partial or 1, device="cuda")
+    counter = torch.zeros(plan.counters or 1, dtype=torch.int32, device="cuda")
+    of_a_tile_list = (y if t is None else t for t in (tiles.sorted_ids, tiles.expert_ids, tiles.num_padded))
+    run(x, words, scale, y, *of_a_tile_list, y, y, y, partial, counter, done)
+    return partial, counter  # which live as long as the launch
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3", "bf16"])
-@pytest.mark.parametrize("tokens", [20, 100, 700])
-def test_blocks_are_counted_and_waited_for(tokens, name):
-    """Each program counts behind what it stored. GEMM 2 starts with h full of NaN, and is right as soon as h and the counts are."""
+@pytest.mark.parametrize("tokens", [1, 5, 20, 100, 700])
+def test_blocks_are_counted_and_waited_for(tokens, name, monkeypatch):
+    """Each tile is counted behind what was stored. GEMM 2 starts with h full of NaN, and is right as soon as h and the counts are. One
+    token, pairs that are not sorted (K is split), and sorted ones."""
     kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
     flat = importlib.import_module("mx_kernels.packed_gemm").flat_product
-    experts, hidden, width, k = 32, 256, 128, 4
-    w13, w2 = (torch.randn(experts, *s, device="cuda").bfloat16() / 16 for s in ((2 * width, hidden), (hidden, width)))
+    monkeypatch.setattr(kernel, "overlaps", lambda streamed, programs, units: True)
+    experts, hidden, width, k = 32, 256, 1024, 4  # few programs of GEMM 2: others have to run while they wait
+    w13, w2 = (torch.randn(experts, *s, device="cuda").bfloat16() / 32 for s in ((2 * width, hidden), (hidden, width)))
     if name != "bf16":
         w13, w2 = mk.quantize(w13, name), mk.quantize(w2, name)
     w13, w2 = mk.pack(w13, gated=True), mk.pack(w2)
     x = torch.randn(tokens, hidden, device="cuda").bfloat16()
     ids = torch.rand(tokens, experts, device="cuda").topk(k).indices.int()
-    tiles = mk.moe_align_block_size(ids, mk.block_size(ids.numel(), experts, "cuda", w13), experts, sort=True)
+    tiles = mk.moe_align_block_size(ids, mk.block_size(ids.numel(), experts, "cuda", w13), experts)
     first = mk.Epilogue(activation=mk.Activation("silu"))
     wanted_h = mk.grouped_gemm(x, w13, tiles, top_k=k, epilogue=first)
     wanted_y = mk.grouped_gemm(wanted_h, w2, tiles)
@@ -151,27 +157,35 @@ def test_blocks_are_counted_and_waited_for(tokens, name):
         pytest.skip("kernels do not start early on this device")
     h, y = torch.full_like(wanted_h, torch.nan), torch.empty_like(wanted_y)
     blocks = tiles.expert_ids.numel()
-    used = int(tiles.num_padded) // tiles.block_size
-    assert used < blocks  # the last program, which waits for all of the kernel in front, has no block
+    if tiles.sorted_ids is not None:
+        used = [b < int(tiles.num_padded) // tiles.block_size for b in range(blocks)]
+    else:  # a pair of an expert that another has before has no block
+        listed = ids.flatten().tolist()
+        used = [e not in listed[:b] for b, e in enumerate(listed)]
+    want = [one.tiles * u for u in used]
     counts = torch.zeros(blocks, dtype=torch.int32, device="cuda")
-    product(one.counting, x, w13, tiles, h, counts)
+    behind = two.behind(one.tiles)
+    kept = [product(one, one.counting, x, w13, tiles, h, counts)]
     assert torch.equal(h, wanted_h)
-    assert counts.tolist() == [one.tiles] * used + [0] * (blocks - used)
-    product(two.behind(one.tiles), h, w2, tiles, y, counts)
+    assert counts.tolist() == want
+    kept.append(product(two, behind, h, w2, tiles, y, counts))
     assert torch.equal(y, wanted_y)
-    beside = torch.cuda.Stream()
+    assert counts.tolist() == want
+    beside, filled = torch.cuda.Stream(), torch.tensor(want, dtype=torch.int32, device="cuda")
     for late in (False, True):  # first in time, which also loads what must not be loaded while a kernel waits
         h.fill_(torch.nan)
         counts.zero_()
         y.zero_()
+        room = product(two, lambda *tensors: kept.append(tensors), h, w2, tiles, y, counts)
         torch.cuda.synchronize()
         for step in ("wait", "write") if late else ("write", "wait"):
             if step == "wait":
-                product(two.behind(one.tiles), h, w2, tiles, y, counts)
+                behind(*kept[-1])
             else:
                 with torch.cuda.stream(beside):
                     torch.cuda._sleep(1 << 20)
                     h.copy_(wanted_h)
-                    counts.fill_(one.tiles)
+                    counts.copy_(filled)
         torch.cuda.synchronize()
         assert torch.equal(y, wanted_y)
+        del room

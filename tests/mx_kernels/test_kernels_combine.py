@@ -41,6 +41,18 @@ def test_bits(tokens, dtype):
                     assert torch.equal(combine(*args), combined(*args))
 
 
+@pytest.mark.parametrize("clears", [0, 1, 40, 64, 200])
+def test_clears_counts(clears):
+    from mx_kernels.kernels import combine
+
+    ids, y = torch.randint(0, 8, (50, 4)).int(), torch.randn(200, 96)
+    done, out = torch.full((201,), 7, dtype=torch.int32), torch.empty(50, 96)
+    run = combine.plan(50, 4, 96, 8, None, False, y.dtype, y.dtype, y.device)
+    run.having(clears=clears)(y, ids, None, None, done, out)
+    assert torch.equal(out, combined(y, ids, 8, None, None, y.dtype))
+    assert done.tolist() == [0] * clears + [7] * (201 - clears)
+
+
 def test_offsets_beyond_32_bits():
     tokens, k, width = 140000, 4, 4096  # 2.3e9 elements
     ids = torch.randint(0, 8, (tokens, k)).int()

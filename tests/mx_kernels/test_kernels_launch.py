@@ -79,12 +79,13 @@ def test_who_asks_for_weights(kernels, monkeypatch, kind, tokens):
 @pytest.mark.parametrize("tokens", [1, 40, 300, 2049, 4097])
 @pytest.mark.parametrize("kind", ["mxfp4", "bf16"])
 def test_who_waits_for_blocks(kernels, monkeypatch, kind, tokens):
-    """A layer's GEMM 2, for those that its GEMM 1 counts where the alignment has written zeros; nobody in the steps one by one, nor
-    where pairs are not sorted, or products do not start early."""
+    """A layer's GEMM 2, for those that its GEMM 1 counts: where the alignment has written zeros, or among counters where there is none.
+    Nobody in the steps one by one, nor where products do not start early."""
     layer = test_moe.make_layer(kind)
     ledger = Ledger(monkeypatch)
     launch = kernels["launch"]
     monkeypatch.setattr(launch, "target", lambda device: launch.Target(True, True, 132, pdl=True))
+    monkeypatch.setattr(kernels["grouped_gemm"], "overlaps", lambda streamed, programs, units: True)
     given = test_moe.make_input(tokens)
     test_moe.steps(layer, *given)
     alone = [number(run, "flow") for run, _ in ledger.take() if "grouped_gemm" in run.kernel.__name__]
@@ -92,15 +93,26 @@ def test_who_waits_for_blocks(kernels, monkeypatch, kind, tokens):
     assert layer.launch(*given) is not None
     calls = ledger.take()
     one, two = ((run, places) for run, places in calls if "grouped_gemm" in run.kernel.__name__)
-    led = 64 < tokens * test_moe.K <= launch.PDL_PAIRS["product"]
+    led, aligned = tokens * test_moe.K <= launch.PDL_PAIRS["product"], tokens * test_moe.K > 64
     assert (number(one[0], "flow"), number(two[0], "flow")) == ((-1, 2 * test_moe.I // 128) if led else (0, 0))
+    names = one[0].kernel.arg_names
+    done = [places[names.index("done")] for _, places in (one, two)]
     if led:
-        aligned = next((run, places) for run, places in calls if "sorted_ids" in run.kernel.arg_names)
-        zeros = aligned[1][aligned[0].kernel.arg_names.index("zeros")]
-        assert number(aligned[0], "ZEROS")
-        assert zeros not in aligned[1][-3:]
-        counter = one[0].kernel.arg_names.index("counter")
-        assert one[1][counter] == two[1][counter] == zeros
+        assert done[0] == done[1]
+        split = [places[names.index("counter")] for run, places in (one, two) if number(run, "SPLIT") > 1]
+        assert len({*split}) == len(split)  # each has its own, as they run at a time
+        assert done[0] not in split
+    total, places = calls[-1]
+    clears = tokens * test_moe.K if led and not aligned else 0
+    assert number(total, "clears") == clears
+    if clears:
+        assert places[total.kernel.arg_names.index("done")] == done[0]
+    if led and aligned:
+        fills = next((run, places) for run, places in calls if "zeros" in run.kernel.arg_names)
+        zeros = fills[1][fills[0].kernel.arg_names.index("zeros")]
+        assert number(fills[0], "ZEROS")
+        assert zeros not in fills[1][-3:]
+        assert done[0] == zeros
 
 
 @pytest.mark.compile

@@ -191,6 +191,18 @@ def together(programs: float, columns: float, units: int) -> int | None:
     return share if even else None
 
 
+def overlaps(streamed: float, programs: float, units: int) -> bool:
+    """Whether a layer's second product should begin with blocks that its first has done, instead of waiting for all of them.
+
+    Who waits for a count hears of it a microsecond late, which few bytes do not make up for. And programs of which all fit at a time, and
+    fill what there is, take as long as those that begin last, whom the others leave less of the memory's rate. streamed: bytes of both
+    weights; programs: of the second product, that have work.
+    """
+    units = units or UNITS
+    share = math.ceil(programs / units)
+    return streamed >= 75e6 and (share > 4 or programs <= 0.93 * share * units)
+
+
 def best_split(p: Problem, rows: int, step: int, units: int) -> int:
     """Programs that share a tile's K loop, for few pairs: the fastest by a model in microseconds on an H200.
 

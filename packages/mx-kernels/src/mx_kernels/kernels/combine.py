@@ -17,22 +17,25 @@ from torch import Tensor
 from .launch import Launch, early_options, starts_early, target
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["clears"])
 def _combine_kernel(
     y,  # [T * k, H]
     ids,  # [T, k]
     expert_map,
     weights,  # [T, k]
+    done,
     out,  # [T, H]
     experts,
     num_global,
     H,
+    clears,
     TOP_K: tl.constexpr,
     HAS_MAP: tl.constexpr,
     WEIGHTED: tl.constexpr,
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """clears: how many counts in ``done``, of products that have ended, to leave as zeros."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -52,6 +55,10 @@ def _combine_kernel(
             row = row * tl.load(weights + pair, mask=kept, other=0.0)
         total += row
     tl.store(out + t * H + h, total.to(out.dtype.element_ty), mask=live)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        for at in range(0, clears, 64):
+            count = at + tl.arange(0, 64)
+            tl.store(done + count, tl.zeros((64,), tl.int32), mask=count < clears)
 
 
 def combine(
@@ -70,7 +77,7 @@ def combine(
         run = plan(
             tokens, ids.shape[1], width, num_experts, num_global, weights is not None, y.dtype, out_dtype, device
         )
-        run(y.contiguous(), ids, expert_map, weights, out)
+        run(y.contiguous(), ids, expert_map, weights, ids, out)
     return out
 
 
@@ -86,7 +93,7 @@ def plan(
     out_dtype: torch.dtype,
     device: torch.device,
 ) -> Launch:
-    """The launch, for (y, ids, expert_map, weights, out)."""
+    """The launch, for (y, ids, expert_map, weights, done, out), ids for ``done`` unless some are to be cleared (``having``)."""
     # Few tokens: narrower columns, so that every multiprocessor has some.
     columns = 256
     while columns < 2048 and columns < width and tokens * -(-width // columns) > 8 * target(device).units:
@@ -99,6 +106,7 @@ def plan(
         num_experts,
         num_global or 0,
         width,
+        0,
         TOP_K=k,
         HAS_MAP=num_global is not None,
         WEIGHTED=weighted,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from ..tuned import config_for
-from ..tuning import JOIN, LARGE, SHARED, SMALL, UNITS, Config, Problem, together
+from ..tuning import JOIN, LARGE, SHARED, SMALL, UNITS, Config, Problem, overlaps, together
 from .launch import Launch, early_options, starts_early, takes_registers, target
 from .packed_kernel import DENSE, PAIR, SELF, SORTED, _grouped_gemm_packed_kernel
 
@@ -36,7 +36,7 @@ _spare: dict[torch.device, list[Tensor]] = {}
 class _Plan:
     """A launch without its tensors. partial: float32 values, and counters: int32 zeros, that it needs. boxes: which tensors the copy
     engine loads: (place, shape, that of a box). tiles: of a block of ``pairs`` pairs, where its programs can count them or wait for
-    those in front of them; else 0."""
+    those in front of them; else 0. live: programs that have work; streamed: bytes of weights that they read."""
 
     kernel: Any
     sizes: tuple[int | float, ...]
@@ -49,11 +49,14 @@ class _Plan:
     boxes: tuple[tuple[int, tuple[int, int], tuple[int, int]], ...] = ()
     tiles: int = 0
     pairs: int = 0
+    live: float = 0.0
+    streamed: float = 0.0
     made: dict[int, Launch] = field(default_factory=dict)
 
     @functools.cached_property
     def launch(self) -> Launch:
-        """For (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter), y where absent."""
+        """For (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter, done), y where absent,
+        and expert_ids for ``done``."""
         values, boxes = (*self.sizes, *self.constants), ()
         if self.boxes:
             from .specialized_load import descriptor
@@ -67,17 +70,18 @@ class _Plan:
         return bool(self.options.get("launch_pdl"))
 
     def leads(self, other: "_Plan") -> bool:
-        """Whether ``other``, behind this one, can begin with what this one has done: tiles of the same blocks, which it counts."""
-        return self.tiles > 0 and other.tiles > 0 and other.early and self.pairs == other.pairs
+        """Whether ``other``, behind this one, should begin with what this one has done: tiles of the same blocks, which it counts."""
+        able = self.tiles > 0 and other.tiles > 0 and other.early and self.pairs == other.pairs
+        return able and overlaps(self.streamed + other.streamed, other.live, _facts(self.device)[0])
 
     @functools.cached_property
     def counting(self) -> Launch:
-        """The same, and each program counts its tile, at its block's place in ``counter``, for a kernel behind (``behind``)."""
+        """The same, and each program counts its tile, at its block's place in ``done``, for a kernel behind (``behind``)."""
         return self.launch.having(flow=-1)
 
     def behind(self, tiles: int = 0) -> Launch:
         """The same behind a kernel that began when the alignment had ended: weights are asked for before that kernel has (``ahead.py``).
-        tiles: of a block, for which to wait at its place in ``counter``, instead of for the end of that kernel."""
+        tiles: of a block, for which to wait at its place in ``done``, instead of for the end of that kernel."""
         if not self.early:
             return self.launch
         if tiles not in self.made:
@@ -119,6 +123,14 @@ def counters(device: torch.device, count: int) -> Tensor:
         if device not in _spare:
             _spare[device] = list(torch.zeros((4, size), dtype=torch.int32, device=device).unbind())
     return made
+
+
+def forget(device: torch.device) -> None:
+    """Have new zeros for the stream, where launches that failed may have left others behind."""
+    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    held = _counters.get((device.index or 0, stream))
+    if held and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        held.append(torch.zeros_like(held[-1]))
 
 
 ROLES = {(128, False): (224, 56), (128, True): (232, 40), (192, False): (160, 32), (192, True): (160, 32)}
@@ -185,15 +197,16 @@ def grouped_gemm_packed(
         partial = torch.empty((plan.partial,), dtype=torch.float32, device=x.device)
     if plan.counters:
         counter = counters(x.device, plan.counters)
-    elif plan.tiles and num_padded is not None:
-        counter = num_padded  # of the counters' type, and not read where nothing is behind or in front
+    done = (
+        y if expert_ids is None else expert_ids
+    )  # of the type of counts, and not read where nothing is behind or in front
     if w_format:
         w = w.view(torch.int32)
     given = (w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight)
     w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight = (y if t is None else t for t in given)
     _launch(
         plan,
-        (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter),
+        (x, w, w_scale, y, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight, partial, counter, done),
     )
     return y
 
@@ -353,8 +366,10 @@ def _plan(
         partial,
         blocks * tiles if partial else 0,
         device,
-        tiles=tiles if pdl and parts == c.split == 1 and route == SORTED.value else 0,
+        tiles=tiles if pdl and parts == 1 and route != DENSE.value else 0,
         pairs=c.pairs,
+        live=live,
+        streamed=problem.active * problem.expert_bytes,
     )
 
 

@@ -41,14 +41,15 @@ class Plan:
     """What a call of the layer does.
 
     launches: each with the places of its tensors in the list of addresses, which has GIVEN, the layer's tensors, the workspace's parts
-    at ``offsets``, the counters of split K (``counters`` of them, if any), and at its end None: ``addresses`` in all. size: of the
-    workspace, in bytes. types: of each launch's tensors, where all of them are known.
+    at ``offsets``, sets of counters at ``counts``, and at its end None: ``addresses`` in all. size: of the workspace, in bytes. counters:
+    their number, which all are zero before and after. types: of each launch's tensors, where all of them are known.
     """
 
     launches: tuple[tuple[Launch, tuple[int, ...]], ...]
     offsets: tuple[int, ...]
     size: int
     counters: int
+    counts: tuple[int, ...]
     addresses: int
     types: tuple[tuple[torch.dtype | None, ...], ...] = ()
 
@@ -96,15 +97,22 @@ def launch(
         return None
     base = work.data_ptr()
     addresses += [base + offset for offset in plan.offsets]
-    addresses += [grouped_gemm.counters(device, plan.counters).data_ptr() if plan.counters else None, None]
+    if plan.counters:
+        base = grouped_gemm.counters(device, plan.counters).data_ptr()
+        addresses += [base + offset for offset in plan.counts]
+    addresses.append(None)
     stream, links, whole = current_stream(device), plan.links, None
     if links is not None and not torch.cuda.is_current_stream_capturing():
         whole = chain(device.index, stream, links)
     if whole is not None:
         whole(links, addresses)
     else:
-        for run, places in plan.launches:
-            run.run(stream, [addresses[i] for i in places])
+        try:
+            for run, places in plan.launches:
+                run.run(stream, [addresses[i] for i in places])
+        except BaseException:  # what some have counted nobody has cleared
+            grouped_gemm.forget(device)
+            raise
     return out
 
 
@@ -112,20 +120,22 @@ def plan_of(
     layer: PackedLayer | RebasedLayer,
     launches: list[Named],
     parts: dict[str, int],
-    counters: int,
+    counters: dict[str, int],
     types: dict[str, torch.dtype] | None = None,
 ) -> Plan:
-    """Launches with the names of their tensors, and the bytes of the workspace's parts, as a plan; a name that is nowhere is None.
-    types: of the tensors, where each has one for all launches."""
+    """Launches with the names of their tensors, the bytes of the workspace's parts and the numbers of counters, as a plan; a name that is
+    nowhere is None. types: of the tensors, where each has one for all launches."""
     ends = [*itertools.accumulate(-(-size // 256) * 256 for size in parts.values())]
-    names = (*GIVEN, *layer.tensors, *parts, "counters", "")
+    counted = [0, *itertools.accumulate(-(-size // 4) * 4 for size in counters.values())]
+    names = (*GIVEN, *layer.tensors, *parts, *counters, "")
     place = {name: i for i, name in enumerate(names)}
     nowhere = len(names) - 1
     return Plan(
         tuple((run, tuple(place.get(name, nowhere) for name in listed)) for run, listed in launches),
         (0, *ends[:-1]),
         ends[-1],
-        counters,
+        counted[-1],
+        tuple(4 * count for count in counted[:-1]),
         len(names),
         tuple(tuple(types.get(name) for name in listed) for _, listed in launches) if types else (),
     )
@@ -170,20 +180,26 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     )
     led = one.leads(two)
     runs = (one.counting, two.behind(one.tiles)) if led else (one.launch, two.behind())
+    done = (
+        where[1] if not led else "zeros" if where[0] else "done"
+    )  # the alignment's zeros, or counters that the sum clears
+    counters = {"done": pairs} if done == "done" else {}
     for product, run, rows_of, w, result in ((one, runs[0], source, "w13", "h"), (two, runs[1], "h", "w2", "y")):
-        partial, counters = f"{w}_partial" if product.partial else "", "counters" if product.counters else ""
-        counters = "zeros" if product.tiles else counters
+        partial, counter = f"{w}_partial" if product.partial else "", f"{w}_counter" if product.counters else ""
         parts |= {partial: 4 * product.partial} if partial else {}
+        counters |= {counter: product.counters} if counter else {}
         names = (
             *(rows_of, w, f"{w}_scale", result, *where, f"{w}_alpha", f"{w}_bias", "weights" if product is two else ""),
-            *(partial, counters),
+            *(partial, counter, done),
         )
-        there = {*GIVEN, *layer.tensors, *parts, "counters"}
+        there = {*GIVEN, *layer.tensors, *parts, *counters}
         launches.append((run, tuple(name if name in there else result for name in names)))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
-    launches.append((total, ("y", "ids", "expert_map", "", "out")))
-    types = dict.fromkeys(("counters", *parts), torch.int32) | {name: t.dtype for name, t in layer.tensors.items()}
+    if "done" in counters:
+        total = total.having(clears=pairs)
+    launches.append((total, ("y", "ids", "expert_map", "", "done" if "done" in counters else "ids", "out")))
+    types = dict.fromkeys((*counters, *parts), torch.int32) | {name: t.dtype for name, t in layer.tensors.items()}
     types |= dict.fromkeys(("x", "out", "h", "y"), dtype) | {"ids": ids.dtype, "weights": weights.dtype}
     types |= {w: torch.int32 for w, of in (("w13", w13), ("w2", w2)) if of.format is not None}
     types |= {f"{w}_partial": torch.float32 for w in ("w13", "w2")}
-    return plan_of(layer, launches, parts, max(one.counters, two.counters), types)
+    return plan_of(layer, launches, parts, counters, types)

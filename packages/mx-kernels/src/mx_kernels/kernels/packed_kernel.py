@@ -26,17 +26,18 @@ DENSE: tl.constexpr = tl.constexpr(3)
 
 @triton.jit
 def _tile(
-    x, w, s, y, sorted_ids, bias, row_weight, partial, counter,
+    x, w, s, y, sorted_ids, bias, row_weight, partial, counter, done,
     first, pair, count, scale, strip0, strips, rows, w_step, s_step, n, k, x_stride, piece_stride, pairs, slot, split,
-    act_alpha, act_beta, act_limit,
+    act_alpha, act_beta, act_limit, flow,
     M: tl.constexpr, REST: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, TAIL: tl.constexpr, CLAMP: tl.constexpr, MASK_ROWS: tl.constexpr, PIECES: tl.constexpr, EVICT: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROUND: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr,
-    TOP_K: tl.constexpr, TO_SLOTS: tl.constexpr, ROUTE: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr,
+    TOP_K: tl.constexpr, TO_SLOTS: tl.constexpr, ROUTE: tl.constexpr, COUNTS: tl.constexpr, PTX: tl.constexpr, DRAIN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """N weight rows times M pairs, and REST more behind them: K loop, reduction over splits, epilogue."""
+    """N weight rows times M pairs, and REST more behind them: K loop, reduction over splits, epilogue; where ``flow`` is negative the
+    tile is counted in ``done`` then."""
     live = pair < pairs
     pair = tl.where(live, pair, 0)
     if CLAMP:  # fewer rows than N: repeat the last
@@ -110,6 +111,9 @@ def _tile(
             N, M, GATED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, INTERLEAVED, EARLY, WIDE, ROUTE == SORTED,
             TO_SLOTS, PTX,
         )  # fmt: skip
+        if COUNTS and SPLIT > 1:  # noqa: SIM102
+            if flow < 0:  # whoever is the last of them
+                counted(done)
 
 
 @triton.jit
@@ -165,7 +169,7 @@ def _ask(
     ]
 )
 def _grouped_gemm_packed_kernel(
-    x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,
+    x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter, done,
     experts, n, k, strips, rows, w_expert, w_step, s_expert, s_step, x_stride, piece_stride, pairs, blocks,
     act_alpha, act_beta, act_limit, ahead, flow,
     BM: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -175,15 +179,19 @@ def _grouped_gemm_packed_kernel(
     ROUND: tl.constexpr, RULE: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr, TO_SLOTS: tl.constexpr, PDL: tl.constexpr,
     PTX: tl.constexpr, DRAIN: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; partial [blocks * tiles, SPLIT, BM, N], counter [blocks * tiles].
+    """x [M, K]; w, s: packed; y [P, N_out]; bias [E, n]; partial [blocks * tiles, SPLIT, BM, N], counter [blocks * tiles], done [blocks].
 
     A block is one of PARTS parts of a block of the alignment. TOP_K: 0 where x has a row a slot; TO_SLOTS: where y has. ahead: whether
-    weights are asked for before the kernel in front has ended (``ahead.py``).
+    weights are asked for before the kernel in front has ended (``ahead.py``). flow: -1 where tiles are counted in ``done``, for the
+    kernel behind; else how many the kernel in front counts for a block there, which this one then waits for; 0 where it waits for the
+    end of that kernel.
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(strips * 16, N)
-    last = tl.num_programs(0) - 1  # waits for the end of the kernel in front, whatever else it waits for
-    COUNTS: tl.constexpr = PDL and SPLIT == 1 and ROUTE == SORTED
+    last = (
+        tl.num_programs(0) - 1
+    )  # ends behind the kernel in front, whatever it waits for: what starts behind this one relies on it
+    COUNTS: tl.constexpr = PDL and ROUTE != DENSE
     found = 0
     if PDL:  # noqa: SIM102
         if ahead == 0:
@@ -212,8 +220,8 @@ def _grouped_gemm_packed_kernel(
         e = tl.load(expert_ids + block // PARTS)
         pair = _pairs(sorted_ids, block * BM, pairs, MAIN, ROUTE)
         if COUNTS:
-            flow = tl.where(pid == last, tl.minimum(flow, 0), flow)
-            found = count_of(counter + block, flow)
+            flow = tl.where(pid == last, tl.minimum(flow, 0), flow)  # it mostly has no work
+            found = count_of(done + block, flow)
         count = tl.sum((pair < pairs).to(tl.int32), 0)  # padding follows the pairs
         if MAIN < BM:
             over = _pairs(sorted_ids, block * BM + MAIN, pairs, BM - MAIN, ROUTE)
@@ -223,6 +231,8 @@ def _grouped_gemm_packed_kernel(
             there &= count > 0
     elif ROUTE == PAIR:
         e = tl.load(expert_ids + block)
+        if COUNTS:
+            found = count_of(done + block, flow)
         pair = tl.where(column == 0, block, pairs)
         count = 1
         there = block >= 0
@@ -230,6 +240,8 @@ def _grouped_gemm_packed_kernel(
         other = tl.arange(0, 64)
         ids = tl.load(expert_ids + other, mask=other < pairs, other=-1)
         e = tl.load(expert_ids + block)
+        if COUNTS:
+            found = count_of(done + block, flow)
         mine = tl.sum((ids == e).to(tl.int64) << other.to(tl.int64), 0)  # a bit for each pair of this expert
         before = _ones(mine & ((tl.full((), 1, tl.int64) << block.to(tl.int64)) - 1))
         there = before % MAIN == 0  # else another program computes this pair
@@ -243,7 +255,7 @@ def _grouped_gemm_packed_kernel(
     if ROUTE != DENSE:
         there &= (e >= 0) & (e < experts)
         if PDL:
-            wait_where((pid == last) & (there == 0))  # which whatever starts behind this kernel relies on
+            wait_where((pid == last) & (there == 0))
         if not there:
             return
     strip0 = tile * (N // 16)
@@ -252,7 +264,7 @@ def _grouped_gemm_packed_kernel(
     if PDL:  # noqa: SIM102
         if ahead != 0:
             _ask(w, s, e, strip0, split, strips, rows, w_expert, w_step, s_expert, s_step, k, N, BK, KIND, BLOCK, SPLIT)
-            wait_for(counter + block, flow, found)
+            wait_for(done + block, flow, found)
             tl.extra.cuda.gdc_launch_dependents()
     scale = 1.0
     if HAS_ALPHA:
@@ -265,34 +277,38 @@ def _grouped_gemm_packed_kernel(
     first = block * BM
     QUARTER: tl.constexpr = MAIN // 4 if LEVELS > 2 else MAIN
     HALF: tl.constexpr = MAIN // 2 if LEVELS > 1 else MAIN
-    tensors = (x, w, s, y, sorted_ids, bias, row_weight, partial, counter)
+    tensors = (x, w, s, y, sorted_ids, bias, row_weight, partial, counter, done + block)
     sizes = (
-        strip0, strips, rows, w_step, s_step, n, k, x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit,
+        strip0, strips, rows, w_step, s_step, n, k, x_stride, piece_stride, pairs, slot, split, act_alpha, act_beta, act_limit, flow,
     )  # fmt: skip
     if LEVELS > 2 and count <= QUARTER:
         _tile(
             *tensors, first, _pairs(sorted_ids, first, pairs, QUARTER, ROUTE), count, scale, *sizes,
             QUARTER, 0, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, COUNTS, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
     elif LEVELS > 1 and count <= HALF:
         _tile(
             *tensors, first, _pairs(sorted_ids, first, pairs, HALF, ROUTE), count, scale, *sizes,
             HALF, 0, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, COUNTS, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
     elif MAIN < BM and count > MAIN:
         _tile(
             *tensors, first, pair, count, scale, *sizes,
             MAIN, BM - MAIN, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, COUNTS, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
     else:
         _tile(
             *tensors, first, pair, count, scale, *sizes,
             MAIN, 0, N, BK, KIND, BLOCK, SPLIT, TAIL, CLAMP, MASK_ROWS, PIECES, EVICT, GATED, INTERLEAVED, ACT, LIMIT,
-            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, PTX, DRAIN, INTERPRET,
+            HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, ROUND, RULE, WIDE, TOP_K, TO_SLOTS, ROUTE, COUNTS, PTX, DRAIN, INTERPRET,
         )  # fmt: skip
-    if COUNTS:  # noqa: SIM102
-        if flow < 0:
-            counted(counter + block)
+    if COUNTS:
+        if SPLIT == 1:  # noqa: SIM102
+            if flow < 0:
+                counted(done + block)
+        if ROUTE != SORTED:  # noqa: SIM102
+            if flow > 0:
+                wait_where(pid == last)

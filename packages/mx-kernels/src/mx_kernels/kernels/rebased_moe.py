@@ -73,5 +73,5 @@ def plan(layer: RebasedLayer, x: Tensor, ids: Tensor, weights: Tensor, promote: 
             rows = rebased.plan_rows(capacity, width, torch.uint8, width, True, pairs, 0, device)
             launches.append((rows, ("h", "h_scale", "codes", "scale", *listed)))
     total = combine.plan(tokens, k, hidden, experts, num_global, False, dtype, dtype, device)
-    launches.append((total, ("y", "ids", "expert_map", "", "out")))
-    return plan_of(layer, launches, parts, counters)
+    launches.append((total, ("y", "ids", "expert_map", "", "ids", "out")))
+    return plan_of(layer, launches, parts, {"counters": counters} if counters else {})

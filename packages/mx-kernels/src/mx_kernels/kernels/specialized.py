@@ -182,7 +182,7 @@ def _multiplies(
 
 @gluon.jit(do_not_specialize=["experts", "pairs", "group", "act_alpha", "act_beta", "act_limit"])
 def _grouped_gemm_specialized_kernel(
-    x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter,
+    x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter, done,
     experts, n, k, strips, w_expert, w_step, s_expert, x_stride, pairs, group, act_alpha, act_beta, act_limit,
     BM: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, EVEN: gl.constexpr,
     STAGES: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
@@ -192,7 +192,7 @@ def _grouped_gemm_specialized_kernel(
     """x [M, K]; w, s: packed, gates and ups where there is an activation; y [P, N_out], a row a slot where TO_SLOTS; bias [E, n]; tiles
     of up to BM pairs, blocks of ``block_of`` it. w and s, and x where TOP_K is 0, are ``boxed``.
 
-    counter: [1] int32, zero before and after. ``partial`` is not used: what launches takes the tensors of either kernel.
+    counter: [1] int32, zero before and after. ``partial`` and ``done`` are not used: what launches takes the tensors of either kernel.
     """
     MAIN: gl.constexpr = main_of(BM)
     PLACES: gl.constexpr = STAGES * GROUPS

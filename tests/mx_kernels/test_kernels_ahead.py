@@ -126,6 +126,7 @@ def product(plan, run, x, w, tiles, y, done):
     scale = y if w.scale is None else w.scale
     partial = torch.empty(plan.partial or 1, device="cuda")
     counter = torch.zeros(plan.counters or 1, dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()  # who waits for counts does not wait for the kernel in front, which here made those zeros
     of_a_tile_list = (y if t is None else t for t in (tiles.sorted_ids, tiles.expert_ids, tiles.num_padded))
     run(x, words, scale, y, *of_a_tile_list, y, y, y, partial, counter, done)
     return partial, counter  # which live as long as the launch

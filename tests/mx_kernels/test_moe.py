@@ -209,6 +209,34 @@ def test_parts_of_the_workspace_do_not_overlap(monkeypatch):
 
 
 @pytest.mark.compile
+def test_a_launch_that_fails_leaves_no_counts_behind(monkeypatch):
+    """GEMM 1 has counted, and the sum, which clears that, is not launched: the next call has other zeros."""
+    pytest.importorskip("triton")
+    kernel = importlib.import_module("mx_kernels.kernels.moe")
+    gemm, launch = kernel.grouped_gemm, importlib.import_module("mx_kernels.kernels.launch")
+    monkeypatch.setattr(gemm, "_counters", {})
+    monkeypatch.setattr(gemm, "_plans", {})
+    monkeypatch.setattr(gemm, "overlaps", lambda streamed, programs, units: True)
+    layer, given, ledger = make_layer(), make_input(3), Ledger(monkeypatch)
+    monkeypatch.setattr(launch, "target", lambda device: launch.Target(True, True, 132, pdl=True))
+    steps(layer, *given)
+    assert layer.launch(*given) is not None
+    dirty = gemm.counters(given[0].device, 1)
+    where = {run.kernel.__name__: places for run, places in ledger.take()}["_combine_kernel"][4]
+    assert where == dirty.data_ptr()
+
+    def fails(run, stream, places):
+        dirty[:12] = 7
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(launch.Launch, "run", fails)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        layer.launch(*given)
+    assert not gemm.counters(given[0].device, 1).any()
+    assert dirty.any()  # a graph may still hold it
+
+
+@pytest.mark.compile
 def test_one_plan_for_layers_of_one_shape(monkeypatch):
     pytest.importorskip("triton")
     a, b, c = make_layer(), make_layer(), make_layer(bias=False)

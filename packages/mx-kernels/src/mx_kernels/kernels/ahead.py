@@ -1,9 +1,15 @@
-"""Asking for weights before a product may begin: they come to the second-level cache while the kernel in front still runs.
+"""What a product does before the kernel in front has ended: it asks for weights, and begins with blocks that are done.
+
+Weights that are asked for come to the second-level cache while the kernel in front still runs.
 
 A product of few pairs starts early (``launch.PDL_PAIRS``) and waits for the end of the kernel in front, which makes its activations.
 Its weights are there already, and memory has little to do meanwhile. So in a layer, where the alignment is known to have ended when
 GEMM 2 starts (and with re-based MXFP8 GEMM 1, which follows the rows' codes), each program asks for the first steps of its own weights
 before it waits (a kernel's ``ahead``). Asking for more than this slowed the kernel in front down (docs/performance-decode.md).
+
+Where it pays (``tuning.overlaps``), each program of a layer's GEMM 1 counts its tile behind what it stored, in a place of its block, and
+those of GEMM 2 wait for the count of theirs instead of for all of GEMM 1 (a packed product's ``flow``): what GEMM 1 leaves idle at its
+end is used.
 """
 
 import triton

@@ -180,9 +180,8 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     )
     led = one.leads(two)
     runs = (one.counting, two.behind(one.tiles)) if led else (one.launch, two.behind())
-    done = (
-        where[1] if not led else "zeros" if where[0] else "done"
-    )  # the alignment's zeros, or counters that the sum clears
+    # The alignment's zeros, or counters that the sum clears.
+    done = where[1] if not led else "zeros" if where[0] else "done"
     counters = {"done": pairs} if done == "done" else {}
     for product, run, rows_of, w, result in ((one, runs[0], source, "w13", "h"), (two, runs[1], "h", "w2", "y")):
         partial, counter = f"{w}_partial" if product.partial else "", f"{w}_counter" if product.counters else ""

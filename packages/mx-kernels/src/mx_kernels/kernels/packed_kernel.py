@@ -155,19 +155,10 @@ def _ask(
         ask(s + e.to(tl.int64) * s_expert, at, there, N * ROW)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "experts",
-        "pairs",
-        "blocks",
-        "piece_stride",
-        "act_alpha",
-        "act_beta",
-        "act_limit",
-        "ahead",
-        "flow",
-    ]
-)
+_NUMBERS = ["experts", "pairs", "blocks", "piece_stride", "act_alpha", "act_beta", "act_limit", "ahead", "flow"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _grouped_gemm_packed_kernel(
     x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter, done,
     experts, n, k, strips, rows, w_expert, w_step, s_expert, s_step, x_stride, piece_stride, pairs, blocks,
@@ -188,9 +179,7 @@ def _grouped_gemm_packed_kernel(
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(strips * 16, N)
-    last = (
-        tl.num_programs(0) - 1
-    )  # ends behind the kernel in front, whatever it waits for: what starts behind this one relies on it
+    last = tl.num_programs(0) - 1  # ends behind the kernel in front, on which whatever starts behind this one relies
     COUNTS: tl.constexpr = PDL and ROUTE != DENSE
     found = 0
     if PDL:  # noqa: SIM102

@@ -177,7 +177,7 @@ def test_blocks_are_counted_and_waited_for(tokens, name, monkeypatch):
         h.fill_(torch.nan)
         counts.zero_()
         y.zero_()
-        room = product(two, lambda *tensors: kept.append(tensors), h, w2, tiles, y, counts)
+        product(two, lambda *tensors: kept.append(tensors), h, w2, tiles, y, counts)
         torch.cuda.synchronize()
         for step in ("wait", "write") if late else ("write", "wait"):
             if step == "wait":
@@ -189,4 +189,3 @@ def test_blocks_are_counted_and_waited_for(tokens, name, monkeypatch):
                     counts.copy_(filled)
         torch.cuda.synchronize()
         assert torch.equal(y, wanted_y)
-        del room

@@ -131,6 +131,8 @@ def test_launches_of_one_kernel(kernels, monkeypatch):
     third = run.having(n=7)
     launches = run, first, second, third
     assert [launch.values for launch in launches] == [(5, 0, 16), (5, 1, 16), (6, 1, 16), (7, 0, 16)]
+    assert run.having(ahead=1) is first
+    assert run.others == [first, third]
     assert [launch.compiled for launch in launches] == ["kernel"] * 4
     assert [values for _, values, _ in taken] == [launch.values for launch in launches]
     assert {(*given, room) for given, _, room in taken} == {(512, launch.apart(run.device, 2))}

@@ -230,11 +230,20 @@ def test_together_where_it_was_measured(pairs, experts, n, k, most):
     ],
 )
 def test_who_should_begin_with_blocks_where_it_was_measured(element, pairs, experts, hidden, intermediate, gain):
+    assert begins_early(element, pairs, experts, hidden, intermediate) == (gain > 0)
+
+
+def test_who_begins_with_blocks_and_lost():
+    """What the rule does not tell from those that gain: MXFP8 on Qwen3 at 4 tokens, 2% in the same measurement."""
+    assert begins_early("e4m3", 32, 128, 2048, 768)
+
+
+def begins_early(element, pairs, experts, hidden, intermediate):
     one = Problem(element, 32, pairs, experts, 2 * intermediate, hidden)
     two = Problem(element, 32, pairs, experts, hidden, intermediate)
     c = choose_config(two, 16)
     programs = two.active * -(-hidden // c.rows) * c.split
-    assert overlaps(two.active * (one.expert_bytes + two.expert_bytes), programs, 132) == (gain > 0)
+    return overlaps(two.active * (one.expert_bytes + two.expert_bytes), programs, 132)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ many pairs an expert on Hopper. Everything about a launch that follows from size
 
 import functools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,6 @@ class _Plan:
     pairs: int = 0
     live: float = 0.0
     streamed: float = 0.0
-    made: dict[int, Launch] = field(default_factory=dict)
 
     @functools.cached_property
     def launch(self) -> Launch:
@@ -74,7 +73,7 @@ class _Plan:
         able = self.tiles > 0 and other.tiles > 0 and other.early and self.pairs == other.pairs
         return able and overlaps(self.streamed + other.streamed, other.live, _facts(self.device)[0])
 
-    @functools.cached_property
+    @property
     def counting(self) -> Launch:
         """The same, and each program counts its tile, at its block's place in ``done``, for a kernel behind (``behind``)."""
         return self.launch.having(flow=-1)
@@ -82,11 +81,7 @@ class _Plan:
     def behind(self, tiles: int = 0) -> Launch:
         """The same behind a kernel that began when the alignment had ended: weights are asked for before that kernel has (``ahead.py``).
         tiles: of a block, for which to wait at its place in ``done``, instead of for the end of that kernel."""
-        if not self.early:
-            return self.launch
-        if tiles not in self.made:
-            self.made[tiles] = self.launch.having(ahead=1, flow=tiles)
-        return self.made[tiles]
+        return self.launch.having(ahead=1, flow=tiles) if self.early else self.launch
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -100,15 +95,20 @@ def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K]
     return torch.stack(parts)
 
 
+def _held(device: torch.device) -> list[Tensor]:
+    """The zeros that PyTorch's current stream has had, those it has now at the end."""
+    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    return _counters.setdefault((device.index or 0, stream), [])
+
+
 def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros that every launch leaves as zeros; one tensor a stream, made outside of CUDA graphs (a few are kept for streams that begin
-    with a capture), or one a launch within.
+    """Zeros that every launch, or a layer's last, leaves as zeros; one tensor a stream, made outside of CUDA graphs (a few are kept for
+    streams that begin with a capture), or one a launch within.
 
     None is ever freed, since a captured graph may hold it. As with cuBLAS's workspaces, graphs captured on one stream must
     not be replayed on several at once.
     """
-    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-    held = _counters.setdefault((device.index or 0, stream), [])
+    held = _held(device)
     if held and held[-1].numel() >= count:
         return held[-1]
     size = max(count, 1 << 16)
@@ -127,8 +127,7 @@ def counters(device: torch.device, count: int) -> Tensor:
 
 def forget(device: torch.device) -> None:
     """Have new zeros for the stream, where launches that failed may have left others behind."""
-    stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-    held = _counters.get((device.index or 0, stream))
+    held = _held(device)
     if held and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         held.append(torch.zeros_like(held[-1]))
 
@@ -197,9 +196,7 @@ def grouped_gemm_packed(
         partial = torch.empty((plan.partial,), dtype=torch.float32, device=x.device)
     if plan.counters:
         counter = counters(x.device, plan.counters)
-    done = (
-        y if expert_ids is None else expert_ids
-    )  # of the type of counts, and not read where nothing is behind or in front
+    done = y if expert_ids is None else expert_ids  # of the counts' type; not read, as nobody counts or waits
     if w_format:
         w = w.view(torch.int32)
     given = (w_scale, sorted_ids, expert_ids, num_padded, w_alpha, bias, row_weight)

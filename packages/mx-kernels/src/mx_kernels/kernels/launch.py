@@ -76,8 +76,8 @@ PDL_PAIRS = {"align": 8192, "place": 1 << 31, "product": 16384, "rebase_rows": 8
 """Up to how many pairs a kernel starts before the one in front of it has ended (NVIDIA, sm_90 and up).
 
 Such a kernel waits for the end of the one in front (``gdc_wait``) before it reads what that or anything earlier wrote, and only then
-lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. A layer's GEMM 2 waits for
-the tiles of its blocks instead, and its last program for all of GEMM 1 (``ahead.wait_for``). "place" stands for the
+lets the one behind it start. So whatever starts knows that all but the kernel in front of it have ended. A layer's GEMM 2 may wait
+for the tiles of its blocks instead, and its last program for all of GEMM 1 (``ahead.wait_for``). "place" stands for the
 alignment's last two; the last reads the ids, and nothing else, before it waits: the alignment's first has waited for them.
 """
 
@@ -125,12 +125,17 @@ class Launch:
         self.others: list[Launch] = []  # what ``having`` made
 
     def having(self, **numbers: int) -> Launch:
-        """The same launch with other numbers, of arguments for which Triton does not compile: it is compiled when this one is."""
-        names, other = self.kernel.arg_names, copy.copy(self)
+        """The same launch with other numbers, of arguments for which Triton does not compile: it is compiled when this one is. One for
+        the same numbers."""
+        names = self.kernel.arg_names
         behind = names[len(names) - len(self.values) :]
         assert numbers.keys() <= {*behind}
-        other.values = tuple(numbers.get(name, value) for name, value in zip(behind, self.values, strict=True))
-        other.others = []
+        values = tuple(numbers.get(name, value) for name, value in zip(behind, self.values, strict=True))
+        for known in self.others:
+            if known.values == values:
+                return known
+        other = copy.copy(self)
+        other.values, other.others = values, []
         self.others.append(other)
         if self.compiled is not None:
             other._take(self.compiled, self.given)

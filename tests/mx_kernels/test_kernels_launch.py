@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -138,6 +139,37 @@ def test_launches_of_one_kernel(kernels, monkeypatch):
     assert {(*given, room) for given, _, room in taken} == {(512, launch.apart(run.device, 2))}
     with pytest.raises(AssertionError):
         run.having(x=1)
+
+
+@pytest.mark.compile
+def test_kernels_compile_together_whatever_mode_the_caller_is_in(kernels):
+    """Each by a thread of the mode that is made for them, which is not the caller's."""
+    triton = pytest.importorskip("triton")
+    mode = importlib.import_module("triton.runtime._async_compile").active_mode
+    seen = []
+
+    def warmup(*given, **options):
+        assert isinstance(mode.get(), triton.AsyncCompileMode)
+        seen.append((given, options, mode.get()))
+
+    def launch(value, compiled=None):
+        kernel = SimpleNamespace(warmup=warmup)
+        boxes = ((1, lambda address: ("described", address)),)
+        return SimpleNamespace(
+            kernel=kernel, values=(value,), boxes=boxes, grid=(2,), options={"o": 1}, compiled=compiled
+        )
+
+    runs = [(launch(i, compiled), ("bf16", "i32", None)) for i, compiled in ((1, None), (2, None), (3, object()))]
+    with ThreadPoolExecutor(1) as threads, triton.AsyncCompileMode(threads) as outer:
+        kernels["launch"].compile_together(runs)
+        assert mode.get() is outer
+    assert [(given, options) for given, options, _ in seen] == [
+        (("bf16", ("described", 0), None, value), {"grid": (2,), "o": 1}) for value in (1, 2)
+    ]
+    assert len({id(used) for _, _, used in seen}) == 1
+    assert seen[0][2] is not outer
+    kernels["launch"].compile_together(runs[1:])  # one that is not compiled yet: nobody to compile with
+    assert len(seen) == 2
 
 
 @pytest.mark.compile

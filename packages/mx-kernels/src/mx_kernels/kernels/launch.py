@@ -8,6 +8,7 @@ and how the CUDA driver launches it (``driver.py``).
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import logging
@@ -207,11 +208,15 @@ def compile_together(runs: Sequence[tuple[Launch, Sequence[torch.dtype | None]]]
     todo = [(run, types) for run, types in runs if run.compiled is None]
     if len(todo) < 2:
         return
-    with ThreadPoolExecutor(len(todo)) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-        for run, types in todo:
-            boxed = {place: describe(0) for place, describe in run.boxes}
-            given = [boxed.get(i, held) for i, held in enumerate(types)]
-            run.kernel.warmup(*given, *run.values, grid=run.grid, **run.options)
+
+    def compile_all() -> None:
+        with ThreadPoolExecutor(len(todo)) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+            for run, types in todo:
+                boxed = {place: describe(0) for place, describe in run.boxes}
+                given = [boxed.get(i, held) for i, held in enumerate(types)]
+                run.kernel.warmup(*given, *run.values, grid=run.grid, **run.options)
+
+    contextvars.Context().run(compile_all)  # Triton has no second mode within one of the caller's
 
 
 RESERVED = 1024  # bytes of shared memory that a program takes beyond its own (NVIDIA, sm_80 and up): with them one may have all there is

@@ -13,6 +13,7 @@ import importlib
 import sys
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
@@ -111,6 +112,8 @@ def packed() -> None:
             steps(x, ids, w13, w2)
             if fmt is mk.MXFP4:
                 at_once(mk.PackedLayer(w13, w2, SWIGLU_OAI), x, ids)
+                with blocks_waited_for():
+                    at_once(mk.PackedLayer(w13, w2, SWIGLU_OAI), x, ids)
     finite(mk.gemm(normal(33, HIDDEN), mk.pack(mk.quantize(normal(40, HIDDEN), mk.NVFP4))))
     finite(
         mk.gemm(
@@ -150,6 +153,18 @@ def specialized() -> None:
                     live
                 ]
             )
+
+
+@contextlib.contextmanager
+def blocks_waited_for() -> Iterator[None]:
+    """GEMM 2 of a layer begins with blocks that GEMM 1 has done, where kernels start early, however few bytes its weights have."""
+    plans = importlib.import_module("mx_kernels.kernels.moe")._plans
+    early = importlib.import_module("mx_kernels.kernels.launch").target(torch.device("cuda", 0)).pdl
+    plans.clear()
+    with mock.patch("mx_kernels.kernels.grouped_gemm.overlaps", return_value=True) as asked:
+        yield
+    plans.clear()
+    assert asked.called == early, "whether GEMM 2 should begin so was asked where it cannot, or not asked where it can"
 
 
 def at_once(layer: mk.PackedLayer, x: torch.Tensor, ids: torch.Tensor) -> None:

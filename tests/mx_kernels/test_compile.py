@@ -130,6 +130,10 @@ def test_dequantize(aot, f, target):
         )
         if target == "sm_90":
             assert compiled.opcodes(full=True)["STG.E.128"] >= 2
+        if target == "sm_90" and select:  # the next tile's loads stand in front of this one's stores
+            loop = [line.split(".")[0] for line in compiled.loops()[-1]]
+            assert "LDG" in loop
+            assert "LDG" not in loop[loop.index("STG") :]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -312,13 +312,18 @@ quantize.target = lambda device: chip
 quantize.launch = lambda kernel, grid, device, *args, **options: kernel[grid](*args, **options)
 rows = torch.tensor([4, -1, 0, 4, 2])
 for f in mk.FORMATS.values():
-    for lead, g in (((5, 6), None), ((5, 3), torch.tensor(0.5)), ((5, 3), torch.rand(5) + 0.5)):
-        x = torch.randn(*lead, 3 * f.block)
+    cases = [((5, 6, 3), None), ((5, 3, 3), torch.tensor(0.5)), ((5, 3, 3), torch.rand(5) + 0.5)]
+    # a matrix of more tiles than a program takes, and no multiple of them
+    cases += [((5, 200, 3), torch.rand(5) + 0.5)]
+    if f.has_global_scale:  # two of a matrix, one or both of a program
+        cases += [(shape, torch.rand(5, 2) + 0.5) for shape in ((5, 2, 16, 32), (5, 2, 100, 3))]
+    for (*lead, blocks), g in cases:
+        x = torch.randn(*lead, blocks * f.block)
         q = mk.quantize(x, f, global_scale=g if f.has_global_scale else None)
         given = (q.data.view(torch.uint8), q.scale.view(torch.uint8), q.global_scale, f.name, torch.float32)
         want = mk.reference.dequantize(q, torch.float32)
         assert torch.equal(quantize.dequantize(*given), want)
-        for some in (rows, rows.int()):
+        for some in (rows, rows.int()) if g is None else (rows,):
             assert torch.equal(quantize.dequantize(*given, some)[rows >= 0], want[rows[rows >= 0]])
 print("right")
 """

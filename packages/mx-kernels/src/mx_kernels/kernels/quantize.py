@@ -35,6 +35,7 @@ from .launch import launch, target
 
 _OFFLINE = (ScaleRule.SEARCH.value, ScaleRule.FOUR_OVER_SIX.value)
 _CHUNK = 1 << 26  # elements that a rule without a kernel works on at a time
+IN_A_ROW: tl.constexpr = tl.constexpr(8)  # tiles of a selected matrix that a program dequantizes
 
 
 @triton.jit
@@ -101,18 +102,9 @@ def _block_scale(x, g, ELEMENT: tl.constexpr, RULE: tl.constexpr, E8M0: tl.const
 
 @triton.jit
 def _store_codes(
-    data,
-    start,
-    live,
-    v,
-    bad,
-    ELEMENT: tl.constexpr,
-    FP8: tl.constexpr,
-    ASM: tl.constexpr,
-    NARROW: tl.constexpr,
-    N: tl.constexpr,
-    B: tl.constexpr,
-):
+    data, start, live, v, bad,
+    ELEMENT: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr, NARROW: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
     """Encode v [N, B] and store the codes of blocks start ... start + N - 1; codes of NaN blocks are 0."""
     BITS: tl.constexpr = element_bits(ELEMENT)
     n = tl.arange(0, N)[:, None]
@@ -157,17 +149,9 @@ def _load_tile(x, first, live, WHOLE: tl.constexpr, N: tl.constexpr, U: tl.const
 
 @triton.jit
 def _load_blocks(
-    x,
-    start,
-    live,
-    stride,
-    per_row,
-    ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    N: tl.constexpr,
-    B: tl.constexpr,
-):
+    x, start, live, stride, per_row,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
     """Blocks start ... start + N - 1 of x as float32 [N, B]. PAIRS: two bf16 come as one word, and widen by one instruction each."""
     UNITS: tl.constexpr = 2 if PAIRS else 1
     if PAIRS:
@@ -253,31 +237,60 @@ def _quantize_kernel(
 
 
 @triton.jit
-def _load_values(data, start, live, ELEMENT: tl.constexpr, FP8: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
-    """The elements of blocks start ... start + N - 1 as float32 [N, B]."""
+def _load_codes(data, start, live, ELEMENT: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
+    """What holds the codes of blocks start ... start + N - 1, as it lies in memory: a tuple of bytes or words."""
     BITS: tl.constexpr = element_bits(ELEMENT)
     n = tl.arange(0, N)[:, None]
     if BITS == 8:
-        code = tl.load(data + start * B + (n * B + tl.arange(0, B)[None, :]), mask=live[:, None], other=0)
-        if FP8 and ELEMENT == "e4m3":
-            return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            return decode(code.to(tl.int32), ELEMENT)
+        return (tl.load(data + start * B + (n * B + tl.arange(0, B)[None, :]), mask=live[:, None], other=0),)
     else:
         data = data.to(tl.pointer_type(tl.int32)) + start * (B * BITS // 32)
         if BITS == 4:
-            word = tl.load(data + (n * (B // 8) + tl.arange(0, B // 8)[None, :]), mask=live[:, None], other=0)
-            code = word[:, :, None] >> (tl.arange(0, 8)[None, None, :] * 4)
+            return (tl.load(data + (n * (B // 8) + tl.arange(0, B // 8)[None, :]), mask=live[:, None], other=0),)
         else:
             at = data + (n * 6 + tl.arange(0, B // 16)[None, :] * 3)
             w0 = tl.load(at, mask=live[:, None], other=0)
             w1 = tl.load(at + 1, mask=live[:, None], other=0)
-            w2 = tl.load(at + 2, mask=live[:, None], other=0)
+            return w0, w1, tl.load(at + 2, mask=live[:, None], other=0)
+
+
+@triton.jit
+def _values(codes, ELEMENT: tl.constexpr, FP8: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
+    """The elements that ``_load_codes`` gave, as float32 [N, B]."""
+    BITS: tl.constexpr = element_bits(ELEMENT)
+    if FP8 and ELEMENT == "e4m3":
+        return codes[0].to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif BITS == 8:
+        return decode(codes[0].to(tl.int32), ELEMENT)
+    else:
+        if BITS == 4:
+            code = codes[0][:, :, None] >> (tl.arange(0, 8)[None, None, :] * 4)
+        else:
+            w0, w1, w2 = codes
             q1 = ((w0 >> 24) & 0xFF) | (w1 << 8)
             q2 = ((w1 >> 16) & 0xFFFF) | (w2 << 16)
             four = tl.join(tl.join(w0, q2), tl.join(q1, w2 >> 8))
             code = four.reshape(N, B // 4)[:, :, None] >> (tl.arange(0, 4)[None, None, :] * 6)
         return decode(code, ELEMENT).reshape(N, B)
+
+
+@triton.jit
+def _store_values(
+    out, step, codes, global_scale, start, live, per_global,
+    ELEMENT: tl.constexpr, E8M0: tl.constexpr, FP8: tl.constexpr, GLOBALS: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The values of blocks start ... start + N - 1, from their scales and what ``_load_codes`` gave, to ``out``."""
+    n = tl.arange(0, N)
+    v = _values(codes, ELEMENT, FP8, N, B) * step[:, None]
+    if not E8M0:
+        if GLOBALS == 0:
+            v = v * tl.load(global_scale)
+        elif GLOBALS == 1:
+            v = v * tl.load(global_scale + start // per_global)
+        else:
+            v = v * tl.load(global_scale + (start + n) // per_global, mask=live, other=1.0)[:, None]
+    at = n[:, None] * B + tl.arange(0, B)[None, :]
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
@@ -297,33 +310,41 @@ def _dequantize_kernel(
     N: tl.constexpr,
     B: tl.constexpr,
 ):
+    """A tile is N blocks. A program takes one, or with SELECT up to IN_A_ROW: it loads the next before it stores one."""
     n = tl.arange(0, N)
     if SELECT:
-        programs = tl.cdiv(blocks, N)  # of a matrix
+        programs = tl.cdiv(blocks, N * IN_A_ROW)  # of a matrix
         place = tl.program_id(0) // programs
         matrix = tl.load(rows + place).to(tl.int64)
         if matrix < 0:
             return
-        start = (tl.program_id(0) % programs).to(tl.int64) * N
-        live = n < tl.minimum(blocks - start, N).to(tl.int32)
+        part = tl.program_id(0) % programs
+        start = part.to(tl.int64) * (N * IN_A_ROW)
+        own = tl.minimum(blocks - start, N * IN_A_ROW).to(tl.int32)
         out += (place.to(tl.int64) * blocks + start) * B
         start += matrix * blocks
+        if GLOBALS == 1:
+            global_scale += matrix * (blocks // per_global) + part // tl.cdiv(per_global, N * IN_A_ROW)
+        MANY: tl.constexpr = 2 if GLOBALS == 2 else 0
+        byte = tl.load(scale + start + n, mask=n < own, other=0).to(tl.int32)
+        codes = _load_codes(data, start, n < own, ELEMENT, N, B)
+        for i in range(0, own, N):
+            live = n + N < own - i
+            next_byte = tl.load(scale + start + i + N + n, mask=live, other=0).to(tl.int32)
+            next_codes = _load_codes(data, start + i + N, live, ELEMENT, N, B)
+            step = e8m0_value(byte) if E8M0 else decode(byte, "e4m3")
+            _store_values(
+                out + i * B, step, codes, global_scale, start + i, n < own - i, per_global, ELEMENT, E8M0, FP8, MANY, N, B
+            )  # fmt: skip
+            byte, codes = next_byte, next_codes
     else:
         start = tl.program_id(0).to(tl.int64) * N
         live = n < tl.minimum(blocks - start, N).to(tl.int32)
         out += start * B
-    byte = tl.load(scale + start + n, mask=live, other=0).to(tl.int32)
-    step = e8m0_value(byte) if E8M0 else decode(byte, "e4m3")
-    v = _load_values(data, start, live, ELEMENT, FP8, N, B) * step[:, None]
-    if not E8M0:
-        if GLOBALS == 0:
-            v = v * tl.load(global_scale)
-        elif GLOBALS == 1:
-            v = v * tl.load(global_scale + start // per_global)
-        else:
-            v = v * tl.load(global_scale + (start + n) // per_global, mask=live, other=1.0)[:, None]
-    at = n[:, None] * B + tl.arange(0, B)[None, :]
-    tl.store(out + at, v.to(out.dtype.element_ty), mask=live[:, None])
+        byte = tl.load(scale + start + n, mask=live, other=0).to(tl.int32)
+        step = e8m0_value(byte) if E8M0 else decode(byte, "e4m3")
+        codes = _load_codes(data, start, live, ELEMENT, N, B)
+        _store_values(out, step, codes, global_scale, start, live, per_global, ELEMENT, E8M0, FP8, GLOBALS, N, B)
 
 
 # --- launchers: the arguments and results of the custom ops of the same names ---
@@ -351,12 +372,12 @@ def rows_of(x: Tensor) -> tuple[Tensor, bool]:
     return rows, rows.shape[0] > 1 and rows.stride(0) != rows.shape[1]
 
 
-def _globals(global_scale: Tensor | None, blocks: int, n: int) -> tuple[int, int]:
-    """(GLOBALS, blocks per global scale) of programs of n blocks."""
+def _globals(global_scale: Tensor | None, blocks: int, n: int, matrix: int = 0) -> tuple[int, int]:
+    """(GLOBALS, blocks per global scale) of programs of n blocks; matrix: blocks that no program reaches across, 0 for none."""
     if global_scale is None or global_scale.numel() == 1:
         return 0, blocks
     each = blocks // global_scale.numel()
-    return (1 if each % n == 0 else 2), each
+    return (1 if each % n == 0 or each == matrix else 2), each
 
 
 def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tensor, scale: Tensor | None) -> None:
@@ -451,11 +472,13 @@ def dequantize(
     if data.data_ptr() % 4:
         data = data.clone()
     n, warps, _ = _tile("dequantize", f, out.numel() // f.block, target(data.device).units)
-    kind, each = _globals(global_scale, scale.numel(), n)
-    blocks = scale.numel() if rows is None else scale[0].numel()
+    blocks, own, count = scale.numel(), n, 1
+    if rows is not None:
+        blocks, own, count = scale[0].numel(), n * IN_A_ROW.value, rows.shape[0]
+    kind, each = _globals(global_scale, scale.numel(), own, blocks)
     launch(
         _dequantize_kernel,
-        (triton.cdiv(blocks, n) * (1 if rows is None else rows.shape[0]),),
+        (triton.cdiv(blocks, own) * count,),
         data.device,
         data,
         scale,

@@ -153,6 +153,10 @@ def specialized() -> None:
                     live
                 ]
             )
+    w13, w2 = (mk.quantize(normal(EXPERTS, *shape) / 32, mk.MXFP4) for shape in ((1536, 2048), (2048, 768)))
+    layer = mk.PackedLayer(mk.pack(w13, gated=True), mk.pack(w2), SWIGLU_OAI)
+    with blocks_waited_for():
+        at_once(layer, normal(300, 2048), routed(300), slots=True)
 
 
 @contextlib.contextmanager
@@ -167,12 +171,14 @@ def blocks_waited_for() -> Iterator[None]:
     assert asked.called == early, "whether GEMM 2 should begin so was asked where it cannot, or not asked where it can"
 
 
-def at_once(layer: mk.PackedLayer, x: torch.Tensor, ids: torch.Tensor) -> None:
-    """``layer.launch``, after its steps have compiled what it launches."""
+def at_once(layer: mk.PackedLayer, x: torch.Tensor, ids: torch.Tensor, slots: bool = False) -> None:
+    """``layer.launch``, after its steps have compiled what it launches. slots: the layer has h in slot order."""
     route = torch.rand(ids.shape).cuda()
-    tiles = mk.moe_align_block_size(ids, mk.block_size(ids.numel(), EXPERTS, x.device, layer.w13), EXPERTS)
-    h = mk.grouped_gemm(x, layer.w13, tiles, top_k=TOP_K, epilogue=mk.Epilogue(activation=layer.activation))
-    finite(mk.combine(mk.grouped_gemm(h, layer.w2, tiles, epilogue=mk.Epilogue(row_weight=route)), tiles))
+    rows = mk.block_size(ids.numel(), EXPERTS, x.device, layer.w13, slots=slots)
+    tiles = mk.moe_align_block_size(ids, rows, EXPERTS)
+    first, last = mk.Epilogue(activation=layer.activation), mk.Epilogue(row_weight=route)
+    h = mk.grouped_gemm(x, layer.w13, tiles, top_k=TOP_K, epilogue=first, to_slots=slots)
+    finite(mk.combine(mk.grouped_gemm(h, layer.w2, tiles, epilogue=last, from_slots=slots), tiles))
     out = layer.launch(x, ids, route)
     assert out is not None, "the steps have compiled every kernel of the layer"
     finite(out)

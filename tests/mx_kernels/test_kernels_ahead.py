@@ -138,24 +138,42 @@ def product(plan, run, x, w, tiles, y, done):
 def test_blocks_are_counted_and_waited_for(tokens, name, monkeypatch):
     """Each tile is counted behind what was stored. GEMM 2 starts with h full of NaN, and is right as soon as h and the counts are. One
     token, pairs that are not sorted (K is split), and sorted ones."""
+    # few programs of GEMM 2: others have to run while they wait
+    check_counts(tokens, name, monkeypatch, experts=32, hidden=256, width=1024, k=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3"])
+@pytest.mark.parametrize(("tokens", "block"), [(180, 160), (300, 160), (330, 256)])
+def test_blocks_of_specialized_warps_are_counted_and_waited_for(tokens, block, name, monkeypatch):
+    """The same where warps load or multiply, and h is in slot order: each warpgroup counts, and who sends the copy engine waits."""
+    one, two = check_counts(tokens, name, monkeypatch, experts=4, hidden=2048, width=768, k=2, slots=True)
+    assert one.pairs == block
+    for plan in (one, two):
+        assert plan.kernel.__name__ == "_grouped_gemm_specialized_kernel"
+    assert not one.waits, "rows of x are copied"
+
+
+def check_counts(tokens, name, monkeypatch, *, experts, hidden, width, k, slots=False):
+    """The plans of two products, of which the first counts and the second waits. slots: h is in slot order."""
     kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
     flat = importlib.import_module("mx_kernels.packed_gemm").flat_product
     if not kernel.target(torch.device("cuda", 0)).pdl:
         pytest.skip("kernels do not start early on this device")
     monkeypatch.setattr(kernel, "overlaps", lambda streamed, programs, units: True)
-    experts, hidden, width, k = 32, 256, 1024, 4  # few programs of GEMM 2: others have to run while they wait
     w13, w2 = (torch.randn(experts, *s, device="cuda").bfloat16() / 32 for s in ((2 * width, hidden), (hidden, width)))
     if name != "bf16":
         w13, w2 = mk.quantize(w13, name), mk.quantize(w2, name)
     w13, w2 = mk.pack(w13, gated=True), mk.pack(w2)
     x = torch.randn(tokens, hidden, device="cuda").bfloat16()
     ids = torch.rand(tokens, experts, device="cuda").topk(k).indices.int()
-    tiles = mk.moe_align_block_size(ids, mk.block_size(ids.numel(), experts, "cuda", w13), experts)
+    tiles = mk.moe_align_block_size(ids, mk.block_size(ids.numel(), experts, "cuda", w13, slots=slots), experts)
     first = mk.Epilogue(activation=mk.Activation("silu"))
-    wanted_h = mk.grouped_gemm(x, w13, tiles, top_k=k, epilogue=first)
-    wanted_y = mk.grouped_gemm(wanted_h, w2, tiles)
-    one = kernel.plan_packed(*flat(x, w13, tiles, k, first, None, torch.bfloat16))
-    two = kernel.plan_packed(*flat(wanted_h, w2, tiles, 1, mk.Epilogue(), None, torch.bfloat16))
+    wanted_h = mk.grouped_gemm(x, w13, tiles, top_k=k, epilogue=first, to_slots=slots)
+    wanted_y = mk.grouped_gemm(wanted_h, w2, tiles, from_slots=slots)
+    rows = tiles.sorted_ids < ids.numel() if slots else slice(None)  # others hold nothing
+    one = kernel.plan_packed(*flat(x, w13, tiles, k, first, None, torch.bfloat16, slots))
+    two = kernel.plan_packed(*flat(wanted_h, w2, tiles, 0 if slots else 1, mk.Epilogue(), None, torch.bfloat16))
     assert one.leads(two)
     h, y = torch.full_like(wanted_h, torch.nan), torch.empty_like(wanted_y)
     blocks = tiles.expert_ids.numel()
@@ -168,7 +186,7 @@ def test_blocks_are_counted_and_waited_for(tokens, name, monkeypatch):
     counts = torch.zeros(blocks, dtype=torch.int32, device="cuda")
     behind = two.behind(one.tiles)
     kept = [product(one, one.counting, x, w13, tiles, h, counts)]
-    assert torch.equal(h, wanted_h)
+    assert torch.equal(h[rows], wanted_h[rows])
     assert counts.tolist() == want
     kept.append(product(two, behind, h, w2, tiles, y, counts))
     assert torch.equal(y, wanted_y)
@@ -190,3 +208,4 @@ def test_blocks_are_counted_and_waited_for(tokens, name, monkeypatch):
                     counts.copy_(filled)
         torch.cuda.synchronize()
         assert torch.equal(y, wanted_y)
+    return one, two

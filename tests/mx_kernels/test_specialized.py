@@ -212,9 +212,9 @@ LIMITS = {
 }  # instructions a weight of a thread and step
 
 
-def compiled(aot, kernel, plan, tensors, spills=0):
+def compiled(aot, kernel, plan, tensors, spills=0, early=True):
     """The machine code of a plan, and that it holds together: registers change hands, no more bytes spill than ``spills``, and nothing
-    is serialized or overwritten."""
+    is serialized or overwritten. early: as products of few pairs are launched."""
     specialized = importlib.import_module("mx_kernels.kernels.specialized")
     box_layout = importlib.import_module("mx_kernels.kernels.specialized_load").box_layout
     assert plan.kernel is specialized._grouped_gemm_specialized_kernel
@@ -224,8 +224,8 @@ def compiled(aot, kernel, plan, tensors, spills=0):
     for place, _, (rows, columns) in plan.boxes:
         held = "i32" if rows == 1 or columns == 32 else "bf16"
         values[place] = f"tensordesc<{held}[{rows}, {columns}],{box_layout(rows, columns)!r}>"
-    constants = dict(zip(names[len(values) :], plan.constants, strict=True))
-    loose = ("experts", "pairs", "strips", "group")
+    constants = dict(zip(names[len(values) :], plan.constants, strict=True)) | {"PDL": early}
+    loose = ("experts", "pairs", "strips", "group", "ahead", "flow")
     made = aot.compile_kernel(
         plan.kernel, dict(zip(names, values)), constants, "sm_90", unaligned=loose, **plan.options
     )
@@ -242,6 +242,18 @@ def compiled(aot, kernel, plan, tensors, spills=0):
     assert not made.overwritten()
     assert made.opcodes()["USETMAXREG"] >= 2
     assert made.shared <= 232448
+    # at once or who sends the copy engine, and with it the last program; who waits for a block; each warpgroup counts
+    waits = len(plan.boxes) == 3 or (constants["KIND"] == "" and len(plan.boxes) == 2)
+    found = {
+        "griddepcontrol.wait": 2 + waits,
+        "griddepcontrol.launch_dependents": 1,
+        "ld.acquire.gpu": 2 * waits,
+        "fence.proxy.async.global": waits,
+        ".global.gpu.release.add": groups,
+    }
+    for instruction, times in found.items():
+        assert made.asm.count(instruction) == times * early, instruction
+    assert ("cp.async.mbarrier.arrive.noinc" in made.asm) == (not waits), "copies arrive by themselves"
     return made
 
 
@@ -303,7 +315,7 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
     )
     plan, tensors = meta_product(kernel, monkeypatch, f, k, act, config, slots=slots, block=block)
     assert plan.constants[6] == (4 if joined and not slots and act is None else config.stages)  # notes take more room
-    made = compiled(aot, kernel, plan, tensors, 40 if small or joined else 0)
+    made = compiled(aot, kernel, plan, tensors, 40 if small or joined else 0, early=not joined)
     # of x four to one of 64 rows for 256, 192, 128 and 64 pairs, or of 32 rows five to two or nine to two; the weights, 32 or 64 columns of
     # 64 rows, and their scales
     boxes, groups = (

@@ -6,6 +6,7 @@ finds its own rows, codes and scales, nothing is overwritten before all have rea
 
 from __future__ import annotations
 
+import queue
 import threading
 from types import FunctionType, SimpleNamespace
 
@@ -92,7 +93,7 @@ def plain_python(**replaced):
     for name, value in {**vars(load), **vars(tile)}.items():
         jitted = hasattr(value, "fn") and hasattr(value, "arg_names")
         space[name] = FunctionType(value.fn.__code__, space, name, value.fn.__defaults__) if jitted else value
-    for name in ("BK", "PART", "LINES", "TABLE", "FULL"):
+    for name in ("BK", "PART", "LINES", "TABLE", "FULL", "COPIERS"):
         space[name] = getattr(load, name).value
     gl = SimpleNamespace(
         cdiv=lambda a, b: Number(-(-a // b)),
@@ -111,7 +112,6 @@ def plain_python(**replaced):
         "gl": gl,
         "mbarrier": mbarrier,
         "main_of": lambda n: 1 << (n.bit_length() - 1),
-        "lag_of": lambda n: min(2, n - 2),
         "block_of": lambda n: 256 if n == 288 else n,
     }
     space |= {"_barrier": lambda: None, "fence_async_shared": lambda: None}
@@ -119,34 +119,37 @@ def plain_python(**replaced):
 
 
 class Copies:
-    """Copies in groups, which have come when somebody waited for their group."""
+    """Copies that come while whoever began them goes on, and arrive for all of its threads then."""
 
     def __init__(self):
-        self.open, self.groups = [], []
+        self.open, self.begun = [], queue.SimpleQueue()
 
     def begin(self, place, what):
         place.begin(what)
         self.open.append((place, what))
 
-    def commit_group(self):
-        self.groups, self.open = [*self.groups, self.open], []
+    def mbarrier_arrive(self, barrier, increment_count):
+        assert not increment_count, "the barrier's count has them already"
+        self.begun.put((barrier, self.open))
+        self.open = []
 
-    def wait_group(self, pending):
-        while len(self.groups) > pending:
-            for place, what in self.groups.pop(0):
+    def come(self):
+        for barrier, copies in iter(self.begun.get, None):
+            for place, what in copies:
                 place.fill(what)
+            barrier.change(arrivals=load.COPIERS.value)
 
 
 def run(kind, groups, stages, k, pairs, levels, copied=False):
     """What each warpgroup multiplied, step by step, in tiles of such numbers of pairs. copied: rows of x are, else boxes bring them."""
     world = threading.Condition()
-    full, empty = (Places(Barrier(world, n) for _ in range(stages)) for n in (2 if copied else 1, groups))
+    full, empty = (Places(Barrier(world, n) for _ in range(stages)) for n in (1 + load.COPIERS.value * copied, groups))
     xs, xt = (Places(Place(groups) for _ in range(stages)) for _ in range(2))
     xs.shape = (stages, 128 if pairs == 160 else 256)  # what is over lies in xt
     ws, ss = (Places(Place(1) for _ in range(stages * groups)) for _ in range(2))
     ring = (xs, xt, ws, ss, full, empty)
     box, units, tail = 64 if pairs == 256 else 32, 1 if kind == "e2m1" else 2, int(k % 128 != 0)
-    seen, errors, current = [[] for _ in range(groups)], [], [0]
+    seen, errors, current, rows = [[] for _ in range(groups)], [], [0], Copies()
 
     def copy_box(source, at, barrier, target, pred=True):
         if pred:
@@ -170,18 +173,20 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
             stage, phase = loader._load_boxes(*sources, *where, n, box, groups, kind, 32, tail, stages, int(copied))
 
     def copies():
-        rows, tiles = Copies(), [0]
+        tiles = [0]
         loader, _ = plain_python(
             _copy_rows=lambda x, at, place, first, n: rows.begin(place, (tiles[0], "x", x)), async_copy=rows
         )
         stage = phase = 0
         for tiles[0], n in enumerate(levels):
             stage, phase = loader._load_rows(0, None, Number(k), stage, phase, ring, n, tail, stages)
+        rows.begun.put(None)
 
     def multiplies(of):
-        flying = []
+        flying, fences = [], []
 
         def issued(a, ring, stage, acc, rest, n):
+            assert not copied or len(fences) > len(seen[of]) + len(flying), "copies are not there for the product yet"
             flying.append((a, [xs[stage], xt[stage]] if n > xs.shape[1] else [xs[stage]]))
             return acc, rest
 
@@ -201,6 +206,7 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
             _issued=issued,
             _ended=ended,
             warpgroup_mma_wait=wait,
+            fence_async_shared=lambda: fences.append(None),
             _sums_of=lambda n: (0, 0),
             _used=lambda a: None,
             _scale_words=lambda ss, stage, of, groups, *_: ss[stage * groups + of].read(),
@@ -213,10 +219,10 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
         stage = phase = 0
         for n in levels:
             if kind == "":
-                *_, stage, phase = product.plain_tile(ring, stage, phase, Number(k), of, groups, n, stages)
+                *_, stage, phase = product.plain_tile(ring, stage, phase, Number(k), of, groups, n, stages, copied)
             else:
                 *_, stage, phase = product.tile(
-                    ring, stage, phase, Number(k), of, groups, n, kind, 32, tail, k // 64 % 2 == 0, stages
+                    ring, stage, phase, Number(k), of, groups, n, kind, 32, tail, k // 64 % 2 == 0, stages, copied
                 )
 
     def guarded(work, *args):
@@ -225,7 +231,7 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
         except BaseException as e:
             errors.append(e)
 
-    loaders = (loads, copies) if copied else (loads,)
+    loaders = (loads, copies, rows.come) if copied else (loads,)
     threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in loaders]
     threads += [threading.Thread(target=guarded, args=(multiplies, of), daemon=True) for of in range(groups)]
     for t in threads:
@@ -244,6 +250,7 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
     ("kind", "groups", "pairs", "levels", "copied"),
     [
         ("", 2, 256, (256, 64, 192, 128), False),
+        ("", 2, 256, (64, 256, 192), True),
         ("e2m1", 2, 256, (64, 256, 128), False),
         ("e4m3", 2, 256, (128, 192, 256), True),
         ("e2m1", 2, 288, (288, 64, 256, 288), False),

@@ -9,7 +9,8 @@ before it waits (a kernel's ``ahead``). Asking for more than this slowed the ker
 
 Where it pays (``tuning.overlaps``), each program of a layer's GEMM 1 counts its tile behind what it stored, in a place of its block, and
 those of GEMM 2 wait for the count of theirs instead of for all of GEMM 1 (a packed product's ``flow``): what GEMM 1 leaves idle at its
-end is used.
+end is used. In ``specialized.py``, whose programs draw tiles, each waits for the block of the tile that it draws; weights are not asked
+for there.
 """
 
 import triton

@@ -36,7 +36,8 @@ _spare: dict[torch.device, list[Tensor]] = {}
 class _Plan:
     """A launch without its tensors. partial: float32 values, and counters: int32 zeros, that it needs. boxes: which tensors the copy
     engine loads: (place, shape, that of a box). tiles: of a block of ``pairs`` pairs, where its programs can count them or wait for
-    those in front of them; else 0. live: programs that have work; streamed: bytes of weights that they read."""
+    those in front of them; else 0: in ``specialized.py`` each warpgroup counts its part. live: programs, or there tiles, that have work;
+    streamed: bytes of weights that they read. waits: whether it can begin behind a kernel that has not ended."""
 
     kernel: Any
     sizes: tuple[int | float, ...]
@@ -51,6 +52,7 @@ class _Plan:
     pairs: int = 0
     live: float = 0.0
     streamed: float = 0.0
+    waits: bool = True
 
     @functools.cached_property
     def launch(self) -> Launch:
@@ -70,7 +72,7 @@ class _Plan:
 
     def leads(self, other: "_Plan") -> bool:
         """Whether ``other``, behind this one, should begin with what this one has done: tiles of the same blocks, which it counts."""
-        able = self.tiles > 0 and other.tiles > 0 and other.early and self.pairs == other.pairs
+        able = self.tiles > 0 and other.tiles > 0 and other.early and other.waits and self.pairs == other.pairs
         return able and overlaps(self.streamed + other.streamed, other.live, _facts(self.device)[0])
 
     @property
@@ -81,7 +83,7 @@ class _Plan:
     def behind(self, tiles: int = 0) -> Launch:
         """The same behind a kernel that began when the alignment had ended: weights are asked for before that kernel has (``ahead.py``).
         tiles: of a block, for which to wait at its place in ``done``, instead of for the end of that kernel."""
-        return self.launch.having(ahead=1, flow=tiles) if self.early else self.launch
+        return self.launch.having(ahead=1, flow=tiles) if self.early and self.waits else self.launch
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -311,15 +313,21 @@ def _plan(
         from .specialized import _grouped_gemm_specialized_kernel
         from .specialized_load import LINES, PART, box_of
 
+        early = starts_early("product", num_pairs, device)
+        options: dict[str, Any] = {"num_warps": c.warps} | early_options(early)
+        pdl = options.pop("PDL")
         from_row = s_stride[0] // s_stride[1] if kind != "" else 0
-        sizes = (experts, n, k, strips, *strides[:2], from_row, stride[-2], num_pairs, c.group, alpha, beta, limit)
+        sizes = (
+            *(experts, n, k, strips, *strides[:2], from_row, stride[-2], num_pairs, c.group),
+            *(alpha, beta, limit, 0, 0),
+        )
         constants = (
             *(c.pairs + c.join, c.rows // 64, kind, problem.block, tail),
             *(-(-k // 64) % 2 == 0, c.stages, w_layout == "interleaved", act),
-            *(limit != math.inf, not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots),
+            *(limit != math.inf, not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots, pdl),
             *ROLES[c.rows, top_k == 0],
         )
-        programs, options = min(units, blocks * -(-strips * 16 // c.rows)), {"num_warps": c.warps}
+        tiles = -(-strips * 16 // c.rows)
         boxes = ((0, (shape[0], k), (box_of(c.pairs + c.join), 64)),) if top_k == 0 else ()
         if kind == "":
             boxes += ((1, (experts * rows, k), (PART.value, 64)),)
@@ -328,7 +336,15 @@ def _plan(
             words = 32 // problem.block
             scales = (experts * s_stride[0] // s_stride[1], rows * words), (1, PART.value * words)
             boxes += (1, (lines, 32), (LINES.value, 32)), (2, *scales)
-        return _Plan(_grouped_gemm_specialized_kernel, sizes, constants, options, programs, 0, 1, device, boxes)
+        return _Plan(
+            *(_grouped_gemm_specialized_kernel, sizes, constants, options),
+            *(min(units, blocks * tiles), 0, 1, device, boxes),
+            tiles=tiles * (c.rows // 64) if early and c.join == 0 else 0,
+            pairs=c.pairs,
+            live=max(problem.active, num_pairs / c.pairs) * tiles,
+            streamed=problem.active * problem.expert_bytes,
+            waits=top_k == 0,
+        )
     if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
         c = replace(c, warps=8)
     parts = block // c.pairs if route == SORTED.value else 1
@@ -337,7 +353,7 @@ def _plan(
     lets = route != DENSE.value and starts_early("product", num_pairs, device)
     live = max(problem.active, num_pairs / c.pairs) * tiles * c.split
     most = together(live, k / c.split, units) if lets else None
-    options: dict[str, Any] = early_options(most is not None, lets) | {"most": most or 0}
+    options = early_options(most is not None, lets) | {"most": most or 0}
     pdl = options.pop("PDL")
     options |= {"num_warps": c.warps, "num_stages": c.stages if torch.version.hip is None else 2}
     if c.maxnreg and ptx:

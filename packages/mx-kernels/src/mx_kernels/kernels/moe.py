@@ -178,7 +178,7 @@ def plan(layer: PackedLayer, x: Tensor, ids: Tensor, weights: Tensor) -> Plan:
     two = grouped_gemm.plan_packed(
         *flat_product(h, w2, tiles, 0 if ordered else 1, Epilogue(layer.w2_bias), weights, dtype)
     )
-    led = one.leads(two)
+    led = not gathered and one.leads(two)  # a GEMM 2 that begins writes where gathered rows lie
     runs = (one.counting, two.behind(one.tiles)) if led else (one.launch, two.behind())
     # The alignment's zeros, or counters that the sum clears.
     done = where[1] if not led else "zeros" if where[0] else "done"

@@ -18,10 +18,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra.cuda import gdc_wait
 
 from .epilogue import gate_and_up, gated
 from .specialized_load import (
     BK,
+    COPIERS,
     PART,
     TABLE,
     block_of,
@@ -141,10 +143,10 @@ def _store(
 def _multiplies(
     given, OF: gl.constexpr, BM: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     EVEN: gl.constexpr, STAGES: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TO_SLOTS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TO_SLOTS: gl.constexpr, COPIED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that multiplies: weight rows OF * 64 to OF * 64 + 63 of the same tiles."""
-    y, alpha, bias, n, k, strips, pairs, act_alpha, act_beta, act_limit, ring, notes, jobs = given
+    y, alpha, bias, n, k, strips, pairs, act_alpha, act_beta, act_limit, ring, notes, jobs, done, flow = given
     LEVELS: gl.constexpr = levels_of(BM)
     STRIPS: gl.constexpr = GROUPS * PART // 16
     stage = 0
@@ -164,10 +166,10 @@ def _multiplies(
                 N: gl.constexpr = LEVELS[i]
                 MAIN: gl.constexpr = main_of(N)
                 if KIND == "":
-                    acc, rest, stage, phase = plain_tile(ring, stage, phase, k, OF, GROUPS, N, STAGES)
+                    acc, rest, stage, phase = plain_tile(ring, stage, phase, k, OF, GROUPS, N, STAGES, COPIED)
                 else:
                     acc, rest, stage, phase = tile(
-                        ring, stage, phase, k, OF, GROUPS, N, KIND, BLOCK, TAIL, EVEN, STAGES
+                        ring, stage, phase, k, OF, GROUPS, N, KIND, BLOCK, TAIL, EVEN, STAGES, COPIED
                     )
                 place = count & 1
                 held = (notes[0].index(place), notes[1].index(place))
@@ -176,24 +178,32 @@ def _multiplies(
                 if N > MAIN:
                     _store(rest, *held, *args, MAIN, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
         released(notes[3], count & 1)
+        if PDL:  # noqa: SIM102
+            if flow < 0:
+                gl.atomic_add(done + block, 1, sem="release", scope="gpu")
         count += 1
         block, at, e, level = job_of(jobs, count)
 
 
-@gluon.jit(do_not_specialize=["experts", "pairs", "group", "act_alpha", "act_beta", "act_limit"])
+@gluon.jit(do_not_specialize=["experts", "pairs", "group", "act_alpha", "act_beta", "act_limit", "ahead", "flow"])
 def _grouped_gemm_specialized_kernel(
     x, w, s, y, sorted_ids, expert_ids, num_padded, alpha, bias, row_weight, partial, counter, done,
-    experts, n, k, strips, w_expert, w_step, s_expert, x_stride, pairs, group, act_alpha, act_beta, act_limit,
+    experts, n, k, strips, w_expert, w_step, s_expert, x_stride, pairs, group, act_alpha, act_beta, act_limit, ahead, flow,
     BM: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, EVEN: gl.constexpr,
     STAGES: gl.constexpr, INTERLEAVED: gl.constexpr, ACT: gl.constexpr, LIMIT: gl.constexpr, HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_WEIGHT: gl.constexpr, WIDE: gl.constexpr, TOP_K: gl.constexpr, TO_SLOTS: gl.constexpr,
-    PRODUCT_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    PDL: gl.constexpr, PRODUCT_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """x [M, K]; w, s: packed, gates and ups where there is an activation; y [P, N_out], a row a slot where TO_SLOTS; bias [E, n]; tiles
     of up to BM pairs, blocks of ``block_of`` it. w and s, and x where TOP_K is 0, are ``boxed``.
 
-    counter: [1] int32, zero before and after. ``partial`` and ``done`` are not used: what launches takes the tensors of either kernel.
+    counter: [1] int32, zero before and after. ``partial`` is not used: what launches takes the tensors of either kernel. PDL: it may start
+    before the kernel in front has ended, and lets the next one. ahead: the alignment has ended by then, so that only who reads x waits.
+    done, flow: as in ``packed_kernel.py``; each warpgroup counts its part of a tile.
     """
+    if PDL:  # noqa: SIM102
+        if ahead == 0:
+            gdc_wait()
     MAIN: gl.constexpr = main_of(BM)
     PLACES: gl.constexpr = STAGES * GROUPS
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, MAIN, BK], gl.NVMMASharedLayout(128, 16, 2))
@@ -232,30 +242,30 @@ def _grouped_gemm_specialized_kernel(
         mbarrier.init(job_empty.index(i), count=GROUPS + 1)  # who multiplies, and who copies
         mbarrier.init(noted_full.index(i), count=1)
         mbarrier.init(noted_empty.index(i), count=GROUPS)
-    ARRIVALS: gl.constexpr = 1 if TOP_K == 0 else 2  # the copy engine's, and one for who copies
+    ARRIVALS: gl.constexpr = 1 if TOP_K == 0 else 1 + COPIERS  # the copy engine's, and those of who copies
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=ARRIVALS)
         mbarrier.init(empty.index(i), count=GROUPS)
     ring = (xs, xt, ws, ss, full, empty)
     notes = (noted_ids, noted_weights, noted_full, noted_empty, rows_at)
     jobs = (job_words, job_full, job_empty)
-    products = (y, alpha, bias, n, k, strips, pairs, act_alpha, act_beta, act_limit, ring, notes, jobs)
+    products = (y, alpha, bias, n, k, strips, pairs, act_alpha, act_beta, act_limit, ring, notes, jobs, done, flow)
     loads = (
         x, w, s, sorted_ids, expert_ids, num_padded, row_weight, counter, experts, k, strips, w_expert, w_step, s_expert, x_stride,
-        pairs, group, runs, ids, ring, notes, jobs,
+        pairs, group, runs, ids, ring, notes, jobs, done, ahead, flow,
     )  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_multiplies, (
                     products, 0, BM, GROUPS, KIND, BLOCK, TAIL, EVEN, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-                    WIDE, TO_SLOTS,
+                    WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
                 (_multiplies, (
                     products, 1, BM, GROUPS, KIND, BLOCK, TAIL, EVEN, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-                    WIDE, TO_SLOTS,
+                    WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
-                (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K)),
+                (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K, PDL)),
                 (copies, (loads, BM, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
             ],
             [4, 1, 2],
@@ -266,17 +276,17 @@ def _grouped_gemm_specialized_kernel(
             [
                 (_multiplies, (
                     products, 0, BM, GROUPS, KIND, BLOCK, TAIL, EVEN, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-                    WIDE, TO_SLOTS,
+                    WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
                 (_multiplies, (
                     products, 1, BM, GROUPS, KIND, BLOCK, TAIL, EVEN, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-                    WIDE, TO_SLOTS,
+                    WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
                 (_multiplies, (
                     products, 2, BM, GROUPS, KIND, BLOCK, TAIL, EVEN, STAGES, INTERLEAVED, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT,
-                    WIDE, TO_SLOTS,
+                    WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
-                (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K)),
+                (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K, PDL)),
                 (copies, (loads, BM, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
             ],
             [4, 4, 1, 2],

@@ -1,8 +1,9 @@
 """The warps of ``specialized.py`` that load, and what a descriptor for the copy engine (TMA) is made of.
 
 A stage of the ring holds a step of 64 columns: rows of x, 64 weight rows for each warpgroup that multiplies, and in an even step the
-scales of two. Who multiplies waits for ``full`` and arrives at ``empty``; who loads the other way around. Two more rings hold what is
-known of a tile: ``jobs`` which it is, ``notes`` its pairs, for whoever stores its results.
+scales of two. Who multiplies waits for ``full`` and arrives at ``empty``; who loads the other way around, and nobody waits for its own
+copies: the hardware arrives when a thread's have come. Two more rings hold what is known of a tile: ``jobs`` which it is, ``notes`` its
+pairs, for whoever stores its results.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from .ahead import count_of, wait_for, wait_where
 from .launch import Address
 
 # Names that changed after Triton 3.6.
@@ -25,6 +28,7 @@ _reinterpret = getattr(gl.shared_memory_descriptor, "_reinterpret", None) or gl.
 BK: gl.constexpr = gl.constexpr(64)
 PART: gl.constexpr = gl.constexpr(64)  # weight rows of a warpgroup that multiplies
 TABLE: gl.constexpr = gl.constexpr(1024)  # blocks whose place is looked up
+COPIERS: gl.constexpr = gl.constexpr(64)  # threads that copy rows of x
 LINES: gl.constexpr = gl.constexpr(16)  # of codes, of 32 words, that one copy of the engine brings: four strips
 FULL: gl.constexpr = gl.constexpr(65536)  # in a table: over experts
 
@@ -70,12 +74,6 @@ def box_of(BM):
 def main_of(N):
     """Of N pairs those of the first product: the largest power of two."""
     return 1 << (N.bit_length() - 1)
-
-
-@gluon.constexpr_function
-def lag_of(STAGES):
-    """Steps of copied rows on their way. Who multiplies waits for a step while it holds the one in front: two stages are never ahead."""
-    return min(2, STAGES - 2)
 
 
 @gluon.jit
@@ -237,19 +235,12 @@ def half_of(step, k, TAIL: gl.constexpr):
 
 @gluon.jit
 def _copy_rows(x, at, rows, FIRST: gl.constexpr, N: gl.constexpr):
-    """Start copying 64 columns of N rows, eight a thread, those of slots FIRST and behind. at: where rows begin, in eights of columns."""
+    """Start copying 64 columns of N rows, eight a thread, those of slots FIRST and behind. at: where rows begin, in eights of columns.
+
+    A thread's columns are added to x first, and in 64 bits, so that an address takes two instructions more than its row's number."""
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    begin = at.slice(FIRST, N, 0).load(gl.SliceLayout(1, COPY)) * 8  # so that Triton sees their alignment
-    _copy(rows, x + (begin[:, None] + gl.arange(0, BK, gl.SliceLayout(0, COPY))[None, :]))
-
-
-@gluon.jit
-def _arrived(full, stage, filled, BACK: gl.constexpr, PENDING: gl.constexpr, STAGES: gl.constexpr):
-    """Wait until all but PENDING steps of copies have come, and say so of the stage BACK in front, if it was filled."""
-    async_copy.wait_group(PENDING)
-    fence_async_shared()
-    _barrier()
-    mbarrier.arrive(full.index(gl.where(stage >= BACK, stage - BACK, stage - BACK + STAGES)), count=1, pred=filled)
+    begin = at.slice(FIRST, N, 0).load(gl.SliceLayout(1, COPY)).to(gl.int64) * 8  # so that Triton sees their alignment
+    _copy(rows, (x + gl.arange(0, BK, gl.SliceLayout(0, COPY)))[None, :] + begin[:, None])
 
 
 @gluon.constexpr_function
@@ -285,23 +276,19 @@ def _load_rows(x, at, k, stage, phase, ring, N: gl.constexpr, TAIL: gl.constexpr
     """Copy the rows of N slots for all steps of a tile."""
     xs, xt, _, _, full, empty = ring
     MAIN: gl.constexpr = main_of(N)
-    LAG: gl.constexpr = lag_of(STAGES)
     k0 = 0
-    for step in range(gl.cdiv(k, BK)):
+    for _ in range(gl.cdiv(k, BK)):
         mbarrier.wait(empty.index(stage), phase ^ 1)
         _copy_rows(x, at, rows_of(xs, xt, stage, 0, MAIN), 0, MAIN)
         if N > MAIN:
             _copy_rows(x, at, rows_of(xs, xt, stage, MAIN, N - MAIN), MAIN, N - MAIN)
-        async_copy.commit_group()
-        _arrived(full, stage, step >= LAG, LAG, LAG, STAGES)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
         stage, phase = following(stage, phase, STAGES)
         by = BK
         if TAIL:
             by = gl.minimum(BK, k - BK - k0)
         k0 += by
         x += by
-    for i in gl.static_range(LAG):
-        _arrived(full, stage, gl.cdiv(k, BK) + i >= LAG, LAG - i, LAG - 1 - i, STAGES)
     return stage, phase
 
 
@@ -347,6 +334,12 @@ def _load_boxes(
 
 
 @gluon.jit
+def _fence_rows():
+    """What others' threads stored is there for the copy engine too, once who sends it knows of that."""
+    gl.inline_asm_elementwise("fence.proxy.async.global; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _post(jobs, count, block, tile, e, level):
     """Tell the others of the program's tile number ``count``; a block of -1 is the end."""
     said, full, empty = jobs
@@ -376,14 +369,16 @@ def job_of(jobs, count):
 @gluon.jit
 def sends(
     given, BM: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
-    TOP_K: gl.constexpr,
+    TOP_K: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Who draws tiles, one after another from a counter that all programs share, tells the others, and sends the copy engine: as many
     pairs of a block as it has, rounded up to a level. The counter is zero again at the end.
+
+    Where x lies in slot order, made by the kernel in front, a block's rows are waited for (``ahead.py``); the last program waits for all.
     """
     (
         x, w, s, sorted_ids, expert_ids, num_padded, _, counter, experts, k, strips, w_expert, w_step, s_expert, _, pairs, group,
-        runs, ids, ring, _, jobs,
+        runs, ids, ring, _, jobs, done, ahead, flow,
     ) = given  # fmt: skip
     LEVELS: gl.constexpr = levels_of(BM)
     STRIPS: gl.constexpr = GROUPS * PART // 16
@@ -393,6 +388,10 @@ def sends(
     phase = 0
     count = 0
     t = gl.program_id(0)
+    if PDL:
+        flow = gl.where(t == gl.num_programs(0) - 1, gl.minimum(flow, 0), flow)
+        wait_where((ahead != 0) & (flow <= 0))
+        gdc_launch_dependents()
     while t < blocks * tiles:
         block, tile, e, level = piece(t, tiles, blocks, group, runs, ids, sorted_ids, expert_ids, pairs, BM)
         drawn = gl.atomic_add(counter, 1, sem="relaxed")
@@ -400,6 +399,10 @@ def sends(
             _post(jobs, count, block, tile, e, level)
             count += 1
             strip0 = gl.minimum(tile * STRIPS, strips - STRIPS)
+            if PDL and TOP_K == 0:  # noqa: SIM102
+                if flow > 0:
+                    wait_for(done + block, flow, count_of(done + block, flow))
+                    _fence_rows()
             if KIND == "":
                 w_row = (e * strips + strip0) * 16
             else:  # rows of 32 words, four a strip
@@ -423,7 +426,7 @@ def copies(
 ):  # fmt: skip
     """Who copies what lies anywhere: pairs and their weights, and rows of x unless boxes bring them."""
     (
-        x, _, _, sorted_ids, _, _, row_weight, _, _, k, _, _, _, _, x_stride, pairs, _, _, _, ring, notes, jobs,
+        x, _, _, sorted_ids, _, _, row_weight, _, _, k, _, _, _, _, x_stride, pairs, _, _, _, ring, notes, jobs, _, _, _,
     ) = given  # fmt: skip
     LEVELS: gl.constexpr = levels_of(BM)
     stage = 0

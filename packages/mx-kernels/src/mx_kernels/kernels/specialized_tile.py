@@ -9,6 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -197,12 +198,16 @@ def _in_front(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def plain_tile(ring, stage, phase, k, OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
+def plain_tile(
+    ring, stage, phase, k, OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, COPIED: gl.constexpr
+):  # fmt: skip
     """``tile`` of plain weights: the next product is issued before the one in front of it has ended."""
     _, _, ws, _, full, empty = ring
     acc, rest = _sums_of(N)
     for step in range(gl.cdiv(k, BK)):
         mbarrier.wait(full.index(stage), phase)
+        if COPIED:
+            fence_async_shared()
         acc, rest = _issued(ws.index(stage * GROUPS + OF), ring, stage, acc, rest, N)
         acc, rest = _ended(acc, rest, N, 1)
         _barrier()
@@ -216,12 +221,14 @@ def plain_tile(ring, stage, phase, k, OF: gl.constexpr, GROUPS: gl.constexpr, N:
 @gluon.jit
 def _ready(
     ring, stage, phase, scales, second,
-    OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr,
+    OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, COPIED: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup's weights of a step, once they have come, and the words of their scales: of an odd step those of the one in front."""
     _, _, ws, ss, full, _ = ring
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, main_of(N), 16]), 2)
     mbarrier.wait(full.index(stage), phase)
+    if COPIED:
+        fence_async_shared()
     if scales is None:
         scales = _scale_words(ss, stage, OF, GROUPS, BLOCK)
     a = _decoded(ws, scales, stage, second, OF, GROUPS, KIND, BLOCK, OPERAND)
@@ -232,35 +239,35 @@ def _ready(
 def tile(
     ring, stage, phase, k,
     OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, KIND: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    EVEN: gl.constexpr, STAGES: gl.constexpr,
+    EVEN: gl.constexpr, STAGES: gl.constexpr, COPIED: gl.constexpr,
 ):  # fmt: skip
     """float32 [64, N]: the sums of the warpgroup's weight rows and N pairs, in two parts.
 
     A step is decoded while the products of the step in front run; two steps a turn, so that operands change places without moves.
-    EVEN: whether the number of steps is.
+    EVEN: whether the number of steps is. COPIED: whether x was, by threads, whose stores have to be there for products.
     """
     empty = ring[5]
     acc, rest = _sums_of(N)
     steps = gl.cdiv(k, BK)
-    a, scales = _ready(ring, stage, phase, None, half_of(0, k, TAIL), OF, GROUPS, N, KIND, BLOCK)
+    a, scales = _ready(ring, stage, phase, None, half_of(0, k, TAIL), OF, GROUPS, N, KIND, BLOCK, COPIED)
     for step in range(1, steps - 1, 2):
         acc, rest = _issued(a, ring, stage, acc, rest, N)
         behind, phase = following(stage, phase, STAGES)
-        b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK)
+        b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(b)
         acc, rest = _ended(acc, rest, N)
         released(empty, stage)
         acc, rest = _issued(b, ring, behind, acc, rest, N)
         stage, phase = following(behind, phase, STAGES)
         second = (step == steps - 2).to(gl.int32) if TAIL else 0
-        a, scales = _ready(ring, stage, phase, None, second, OF, GROUPS, N, KIND, BLOCK)
+        a, scales = _ready(ring, stage, phase, None, second, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(a)
         acc, rest = _ended(acc, rest, N)
         released(empty, behind)
     if EVEN:
         acc, rest = _issued(a, ring, stage, acc, rest, N)
         behind, phase = following(stage, phase, STAGES)
-        b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK)
+        b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(b)
         acc, rest = _ended(acc, rest, N)
         released(empty, stage)

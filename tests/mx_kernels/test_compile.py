@@ -108,13 +108,13 @@ def test_dequantize(aot, f, target):
     constants = {"ELEMENT": f.element.name, "E8M0": f.scale == "e8m0", "FP8": facts(target)[0], "B": f.block}
     n, warps, _ = quantize.TILES["dequantize"][f.element.bits]
     constants["N"] = n * 32 // f.block
-    variants = [(0, False), (0, True)]
-    if f.has_global_scale and target == "sm_90":
-        variants += [(1, False), (2, False), (1, True), (2, True)]
+    variants = [(0, 0), (0, 8)]
+    if target == "sm_90":
+        variants += [(0, 1)] + [(1, 0), (2, 0), (1, 8), (2, 8)] * f.has_global_scale
     for many, select in variants:
         given = {"global_scale": "*fp32"} if f.has_global_scale else {}
         given |= {"rows": "*i64"} if select else {}
-        fixed = constants | {"GLOBALS": many, "SELECT": select}
+        fixed = constants | {"GLOBALS": many, "SELECT": select > 0, "TURNS": max(select, 1)}
         fixed |= {name: None for name in ("global_scale", "rows") if name not in given}
         unaligned = ("blocks", "per_global")
         compiled = checked(

@@ -35,7 +35,6 @@ from .launch import launch, target
 
 _OFFLINE = (ScaleRule.SEARCH.value, ScaleRule.FOUR_OVER_SIX.value)
 _CHUNK = 1 << 26  # elements that a rule without a kernel works on at a time
-IN_A_ROW: tl.constexpr = tl.constexpr(8)  # tiles of a selected matrix that a program dequantizes
 
 
 @triton.jit
@@ -295,36 +294,29 @@ def _store_values(
 
 @triton.jit
 def _dequantize_kernel(
-    data,
-    scale,  # [N]
-    global_scale,  # [] or one per per_global blocks
-    rows,  # matrices to take, [R]; none is taken for a negative one
-    out,
-    blocks,  # N, with SELECT of one matrix
-    per_global,
-    ELEMENT: tl.constexpr,
-    E8M0: tl.constexpr,
-    FP8: tl.constexpr,
-    GLOBALS: tl.constexpr,  # 0: one or none; 1: one per program; 2: any
-    SELECT: tl.constexpr,
-    N: tl.constexpr,
-    B: tl.constexpr,
-):
-    """A tile is N blocks. A program takes one, or with SELECT up to IN_A_ROW: it loads the next before it stores one."""
+    data, scale, global_scale, rows, out, blocks, per_global,
+    ELEMENT: tl.constexpr, E8M0: tl.constexpr, FP8: tl.constexpr, GLOBALS: tl.constexpr, SELECT: tl.constexpr, TURNS: tl.constexpr,
+    N: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """A tile is N blocks. A program takes one, or with SELECT up to TURNS of a matrix: it loads the next before it stores one.
+
+    scale [blocks], blocks with SELECT those of one matrix; rows [R]: matrices to take, none for a negative one. global_scale: by GLOBALS
+    0, one or none; 1, one for each program; 2, one for each ``per_global`` blocks.
+    """
     n = tl.arange(0, N)
     if SELECT:
-        programs = tl.cdiv(blocks, N * IN_A_ROW)  # of a matrix
+        programs = tl.cdiv(blocks, N * TURNS)  # of a matrix
         place = tl.program_id(0) // programs
         matrix = tl.load(rows + place).to(tl.int64)
         if matrix < 0:
             return
         part = tl.program_id(0) % programs
-        start = part.to(tl.int64) * (N * IN_A_ROW)
-        own = tl.minimum(blocks - start, N * IN_A_ROW).to(tl.int32)
+        start = part.to(tl.int64) * (N * TURNS)
+        own = tl.minimum(blocks - start, N * TURNS).to(tl.int32)
         out += (place.to(tl.int64) * blocks + start) * B
         start += matrix * blocks
         if GLOBALS == 1:
-            global_scale += matrix * (blocks // per_global) + part // tl.cdiv(per_global, N * IN_A_ROW)
+            global_scale += matrix * (blocks // per_global) + part // tl.cdiv(per_global, N * TURNS)
         MANY: tl.constexpr = 2 if GLOBALS == 2 else 0
         byte = tl.load(scale + start + n, mask=n < own, other=0).to(tl.int32)
         codes = _load_codes(data, start, n < own, ELEMENT, N, B)
@@ -378,6 +370,12 @@ def _globals(global_scale: Tensor | None, blocks: int, n: int, matrix: int = 0) 
         return 0, blocks
     each = blocks // global_scale.numel()
     return (1 if each % n == 0 or each == matrix else 2), each
+
+
+def turns_for(matrices: int) -> int:
+    """Tiles of a selected matrix that a program takes. Of few matrices most are there, and short programs end together; where more are
+    passed over, so are fewer programs (docs/performance.md)."""
+    return 1 if matrices <= 16 else 4 if matrices <= 32 else 8
 
 
 def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tensor, scale: Tensor | None) -> None:
@@ -472,26 +470,22 @@ def dequantize(
     if data.data_ptr() % 4:
         data = data.clone()
     n, warps, _ = _tile("dequantize", f, out.numel() // f.block, target(data.device).units)
-    blocks, own, count = scale.numel(), n, 1
+    blocks, turns, count = scale.numel(), 1, 1
     if rows is not None:
-        blocks, own, count = scale[0].numel(), n * IN_A_ROW.value, rows.shape[0]
+        blocks, count = scale[0].numel(), rows.shape[0]
+        turns = turns_for(count)
+    own = n * turns
     kind, each = _globals(global_scale, scale.numel(), own, blocks)
     launch(
-        _dequantize_kernel,
-        (triton.cdiv(blocks, own) * count,),
-        data.device,
-        data,
-        scale,
-        None if global_scale is None else global_scale.contiguous(),
-        None if rows is None else rows.contiguous(),
-        out,
-        blocks,
-        each,
+        *(_dequantize_kernel, (triton.cdiv(blocks, own) * count,), data.device),
+        *(data, scale, None if global_scale is None else global_scale.contiguous()),
+        *(None if rows is None else rows.contiguous(), out, blocks, each),
         ELEMENT=f.element.name,
         E8M0=f.scale == "e8m0",
         FP8=target(data.device).fp8,
         GLOBALS=kind,
         SELECT=rows is not None,
+        TURNS=turns,
         N=n,
         B=f.block,
         num_warps=warps,

@@ -108,9 +108,9 @@ def test_dequantize(aot, f, target):
     constants = {"ELEMENT": f.element.name, "E8M0": f.scale == "e8m0", "FP8": facts(target)[0], "B": f.block}
     n, warps, _ = quantize.TILES["dequantize"][f.element.bits]
     constants["N"] = n * 32 // f.block
-    variants = [(0, 0), (0, 8)]
+    variants = [(0, 0), (0, 4)]
     if target == "sm_90":
-        variants += [(0, 1)] + [(1, 0), (2, 0), (1, 8), (2, 8)] * f.has_global_scale
+        variants += [(0, 1)] + [(1, 0), (2, 0), (1, 4), (2, 4)] * f.has_global_scale
     for many, select in variants:
         given = {"global_scale": "*fp32"} if f.has_global_scale else {}
         given |= {"rows": "*i64"} if select else {}

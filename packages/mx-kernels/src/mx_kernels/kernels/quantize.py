@@ -373,9 +373,9 @@ def _globals(global_scale: Tensor | None, blocks: int, n: int, matrix: int = 0) 
 
 
 def turns_for(matrices: int) -> int:
-    """Tiles of a selected matrix that a program takes. Of few matrices most are there, and short programs end together; where more are
-    passed over, so are fewer programs (docs/performance.md)."""
-    return 1 if matrices <= 16 else 4 if matrices <= 32 else 8
+    """Tiles of a selected matrix that a program takes. Of few matrices most are there, and short programs end together; of more, some are
+    passed over, whose programs take as long as others (docs/performance.md)."""
+    return 1 if matrices <= 16 else 4
 
 
 def _run_quantize(x: Tensor, f: Format, rule: str, g: Tensor | None, data: Tensor, scale: Tensor | None) -> None:

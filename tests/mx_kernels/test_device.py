@@ -160,6 +160,7 @@ def test_unknown_architecture():
         Device.fake("sm89a")
 
 
+@pytest.mark.compile
 def test_advice_where_products_wait(monkeypatch):
     assert Device.probe("cpu").advice is None
     assert Device.fake("sm90").advice is None  # it is not here
@@ -172,6 +173,7 @@ def test_advice_where_products_wait(monkeypatch):
     assert here.advice is None
 
 
+@pytest.mark.compile
 def test_triton_version_is_that_of_the_import():
     triton = pytest.importorskip("triton")
     assert triton_version() == triton.__version__

@@ -93,6 +93,7 @@ def test_grouped_gemm_rebased_kernel(block_size, promote, act, fmt):
             assert torch.equal(q.scale[live], whole.scale)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("experts", "pairs", "n", "k", "split"),
     [  # on an H100 splitting gained 14% of a layer in the first, and lost 2 to 11% in the next two
@@ -135,6 +136,7 @@ print("right")
 """
 
 
+@pytest.mark.compile
 def test_the_kernel_in_the_interpreter(interpreted):
     """Products of either format, whole and split: tiles that rows and columns do not fill, gates, pairs back in their places."""
     interpreted(INTERPRETED_PRODUCTS)

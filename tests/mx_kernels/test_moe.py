@@ -186,6 +186,10 @@ def test_the_launches_of_the_steps_in_slot_order(monkeypatch, orders, block):
     rows = [capacity if order else ids.numel() for order in (orders[1], orders[0])]
     assert plan.offsets[1] >= rows[0] * I * 2
     assert plan.offsets[2] - plan.offsets[1] >= rows[1] * H * 2
+    monkeypatch.setattr(kernel.grouped_gemm._Plan, "leads", lambda one, two: True)
+    one, *_ = (run for run, _ in kernel.plan(layer, x, ids, weights).launches[-3:])
+    # a GEMM 2 that begins before GEMM 1 has ended would write where gathered rows are read
+    assert one.values[one.kernel.arg_names.index("flow") - len(one.kernel.arg_names)] == (0 if orders[0] else -1)
 
 
 @pytest.mark.compile

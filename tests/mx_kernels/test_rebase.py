@@ -245,6 +245,7 @@ def test_rebase_on_the_gpu_is_that_of_the_cpu(fmt, spread):
     assert (got.changed, got.error) == pytest.approx((want.changed, want.error), rel=1e-5)
 
 
+@pytest.mark.compile
 def test_devices_without_fp8_are_refused(monkeypatch):
     kernels = pytest.importorskip("mx_kernels.kernels.rebased", exc_type=ImportError)
     from mx_kernels.kernels.launch import Target

@@ -149,6 +149,7 @@ def meta_product(
     return calls[-1]
 
 
+@pytest.mark.compile
 def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, monkeypatch):
     """Results that are rounded, blocks of other sizes: the model takes two programs a multiprocessor; asked for by name, an error."""
     taken, _ = meta_product(kernel, monkeypatch, mk.MXFP4, 2048, SILU)
@@ -175,6 +176,7 @@ def test_a_product_that_it_does_not_serve_is_left_to_the_other_kernel(kernel, mo
     assert codes.boxes[2] == (2, (8 * 16, 512), (1, 128))  # of 16 times 128 columns, two words for each of 256 rows
 
 
+@pytest.mark.compile
 def test_small_blocks(kernel, monkeypatch):
     """Of quantized weights alone; elsewhere blocks of 160 pairs are five of 32 to the other kernel."""
     args = (kernel, monkeypatch, mk.MXFP4, 2048, SILU)
@@ -202,6 +204,31 @@ def test_small_blocks(kernel, monkeypatch):
         meta_product(*args, Config(64, 128, 64, 4, 3), block=160)
     with pytest.raises(ValueError, match="blocks of 80 pairs"):
         meta_product(*args, block=80)
+
+
+@pytest.mark.compile
+def test_blocks_that_are_waited_for(kernel, monkeypatch):
+    """Each warpgroup counts its part of a tile; who copies rows of x can count but not begin early; blocks that join others do neither."""
+    monkeypatch.setattr(kernel, "starts_early", lambda *_: True)
+    monkeypatch.setattr(kernel, "overlaps", lambda *_: True)
+    monkeypatch.setattr(kernel, "_plans", {})
+    args = (kernel, monkeypatch, mk.MXFP4, 2048)
+    one, _ = meta_product(*args, SILU, block=160, pairs=1024)
+    wide, _ = meta_product(*args, SILU, SMALL, block=160, pairs=1024)
+    two, _ = meta_product(*args, None, block=160, pairs=1024, slots=True)
+    joined, _ = meta_product(*args, SILU, JOINED)
+    assert (one.tiles, wide.tiles, two.tiles, joined.tiles) == (2 * 2, 2 * 3, 2 * 2, 0)  # of 256 rows, by 128 or 192
+    assert one.leads(two)
+    assert wide.leads(two)
+    assert not two.leads(one)
+    assert not joined.leads(two)
+    assert one.behind() is one.launch
+    assert two.behind(one.tiles) is not two.launch
+    monkeypatch.setattr(kernel, "starts_early", lambda *_: False)
+    monkeypatch.setattr(kernel, "_plans", {})
+    late, _ = meta_product(*args, None, block=160, pairs=1024, slots=True)
+    assert not one.leads(late)
+    assert late.behind(one.tiles) is late.launch
 
 
 LIMITS = {

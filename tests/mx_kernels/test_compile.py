@@ -108,9 +108,11 @@ def test_dequantize(aot, f, target):
     constants = {"ELEMENT": f.element.name, "E8M0": f.scale == "e8m0", "FP8": facts(target)[0], "B": f.block}
     n, warps, _ = quantize.TILES["dequantize"][f.element.bits]
     constants["N"] = n * 32 // f.block
-    variants = [(0, 0), (0, 4)]
+    few, many_matrices = quantize.turns_for(16), quantize.turns_for(17)
+    assert few < many_matrices
+    variants = [(0, 0), (0, many_matrices)]
     if target == "sm_90":
-        variants += [(0, 1)] + [(1, 0), (2, 0), (1, 4), (2, 4)] * f.has_global_scale
+        variants += [(0, few)] + [(1, 0), (2, 0), (1, many_matrices), (2, many_matrices)] * f.has_global_scale
     for many, select in variants:
         given = {"global_scale": "*fp32"} if f.has_global_scale else {}
         given |= {"rows": "*i64"} if select else {}

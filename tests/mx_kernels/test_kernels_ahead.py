@@ -153,7 +153,7 @@ def test_blocks_of_specialized_warps_are_counted_and_waited_for(tokens, block, n
     assert one.pairs == block
     for plan in (one, two):
         assert plan.kernel.__name__ == "_grouped_gemm_specialized_kernel"
-    assert not one.waits, "rows of x are copied"
+    assert not one.begins, "rows of x are copied"
 
 
 def check_counts(tokens, name, monkeypatch, *, experts, hidden, width, k, slots=False):

@@ -14,7 +14,7 @@ import torch
 import mx_kernels as mk
 
 from . import test_moe, test_rebased_moe
-from .test_moe import Ledger
+from .test_moe import Ledger, number
 
 
 @pytest.fixture
@@ -48,11 +48,6 @@ def lets(run):
     """Whether a kernel lets the next one start before it has ended, or None where it cannot."""
     names = run.kernel.arg_names
     return dict(zip(names[len(names) - len(run.values) :], run.values, strict=True)).get("PDL")
-
-
-def number(run, name):
-    names = run.kernel.arg_names
-    return dict(zip(names[len(names) - len(run.values) :], run.values, strict=True))[name]
 
 
 @pytest.mark.compile

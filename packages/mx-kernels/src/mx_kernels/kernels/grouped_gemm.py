@@ -37,7 +37,7 @@ class _Plan:
     """A launch without its tensors. partial: float32 values, and counters: int32 zeros, that it needs. boxes: which tensors the copy
     engine loads: (place, shape, that of a box). tiles: of a block of ``pairs`` pairs, where its programs can count them or wait for
     those in front of them; else 0: in ``specialized.py`` each warpgroup counts its part. live: programs, or there tiles, that have work;
-    streamed: bytes of weights that they read. waits: whether it can begin behind a kernel that has not ended."""
+    streamed: bytes of weights that they read."""
 
     kernel: Any
     sizes: tuple[int | float, ...]
@@ -52,7 +52,6 @@ class _Plan:
     pairs: int = 0
     live: float = 0.0
     streamed: float = 0.0
-    waits: bool = True
 
     @functools.cached_property
     def launch(self) -> Launch:
@@ -66,13 +65,15 @@ class _Plan:
         return Launch(self.kernel, (self.programs,), self.device, *values, boxes=boxes, **self.options)
 
     @property
-    def early(self) -> bool:
-        """Whether it starts before the kernel in front has ended."""
-        return bool(self.options.get("launch_pdl"))
+    def begins(self) -> bool:
+        """Whether it can begin before the kernel in front has ended, but for what that makes: not where warps of their own copy rows of x,
+        which do not wait."""
+        copied = bool(self.boxes) and self.boxes[0][0] > 0
+        return bool(self.options.get("launch_pdl")) and not copied
 
     def leads(self, other: "_Plan") -> bool:
         """Whether ``other``, behind this one, should begin with what this one has done: tiles of the same blocks, which it counts."""
-        able = self.tiles > 0 and other.tiles > 0 and other.early and other.waits and self.pairs == other.pairs
+        able = self.tiles > 0 and other.tiles > 0 and other.begins and self.pairs == other.pairs
         return able and overlaps(self.streamed + other.streamed, other.live, _facts(self.device)[0])
 
     @property
@@ -83,7 +84,7 @@ class _Plan:
     def behind(self, tiles: int = 0) -> Launch:
         """The same behind a kernel that began when the alignment had ended: weights are asked for before that kernel has (``ahead.py``).
         tiles: of a block, for which to wait at its place in ``done``, instead of for the end of that kernel."""
-        return self.launch.having(ahead=1, flow=tiles) if self.early and self.waits else self.launch
+        return self.launch.having(ahead=1, flow=tiles) if self.begins else self.launch
 
 
 def pieces(x: Tensor, dtype: torch.dtype) -> Tensor:  # [M, K] -> [pieces, M, K], or x itself
@@ -305,6 +306,9 @@ def _plan(
         )
     held = 32 if block == 96 and not wgmma else block  # 64 and 32 pairs at once spill registers of other products
     c = config or config_for(problem, held, device, units, shared, served, top_k == 0)
+    tiles = -(-strips * 16 // c.rows)
+    live = max(problem.active, num_pairs / c.pairs) * tiles
+    streamed = problem.active * problem.expert_bytes
     if c.specialized:
         if out_dtype.itemsize > 2:  # float32 results take more room on their way out
             c = replace(c, stages=min(c.stages, 4 if kind and not c.join else 3))
@@ -327,7 +331,6 @@ def _plan(
             *(limit != math.inf, not no_alpha, bias is not None, not no_weight, largest >= 2**31, top_k, to_slots, pdl),
             *ROLES[c.rows, top_k == 0],
         )
-        tiles = -(-strips * 16 // c.rows)
         boxes = ((0, (shape[0], k), (box_of(c.pairs + c.join), 64)),) if top_k == 0 else ()
         if kind == "":
             boxes += ((1, (experts * rows, k), (PART.value, 64)),)
@@ -341,17 +344,15 @@ def _plan(
             *(min(units, blocks * tiles), 0, 1, device, boxes),
             tiles=tiles * (c.rows // 64) if early and c.join == 0 else 0,
             pairs=c.pairs,
-            live=max(problem.active, num_pairs / c.pairs) * tiles,
-            streamed=problem.active * problem.expert_bytes,
-            waits=top_k == 0,
+            live=live,
+            streamed=streamed,
         )
     if config is None and c.pairs == 128 and not wgmma:  # activations are in registers too, and four warps have too few
         c = replace(c, warps=8)
     parts = block // c.pairs if route == SORTED.value else 1
     blocks = -(-num_pairs // c.pairs) if route == DENSE.value else blocks * parts
-    tiles = -(-strips * 16 // c.rows)
     lets = route != DENSE.value and starts_early("product", num_pairs, device)
-    live = max(problem.active, num_pairs / c.pairs) * tiles * c.split
+    live *= c.split
     most = together(live, k / c.split, units) if lets else None
     options = early_options(most is not None, lets) | {"most": most or 0}
     pdl = options.pop("PDL")
@@ -382,7 +383,7 @@ def _plan(
         tiles=tiles if pdl and parts == 1 and route != DENSE.value else 0,
         pairs=c.pairs,
         live=live,
-        streamed=problem.active * problem.expert_bytes,
+        streamed=streamed,
     )
 
 

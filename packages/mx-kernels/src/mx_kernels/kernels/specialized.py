@@ -268,7 +268,7 @@ def _grouped_gemm_specialized_kernel(
                 (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K, PDL)),
                 (copies, (loads, BM, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
             ],
-            [4, 1, 2],
+            [4, 1, COPIERS // 32],
             [PRODUCT_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
         )  # fmt: skip
     else:
@@ -289,6 +289,6 @@ def _grouped_gemm_specialized_kernel(
                 (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K, PDL)),
                 (copies, (loads, BM, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
             ],
-            [4, 4, 1, 2],
+            [4, 4, 1, COPIERS // 32],
             [PRODUCT_REGISTERS, PRODUCT_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
         )  # fmt: skip

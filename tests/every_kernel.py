@@ -131,6 +131,7 @@ def specialized() -> None:
     kernel = importlib.import_module("mx_kernels.kernels.grouped_gemm")
     config = Config(256, 128, 64, 4, 4, group=2, specialized=True)
     small = Config(160, 192, 64, 4, 6, specialized=True)
+    three = Config(256, 192, 64, 4, 3, group=2, specialized=True)
     ids = routed(900)
     tiles, blocks = (mk.moe_align_block_size(ids, block, EXPERTS, sort=True) for block in (256, 160))
     live = ((ids >= 0) & (ids < EXPERTS)).flatten()
@@ -146,13 +147,11 @@ def specialized() -> None:
             for routed_to, chosen in ((tiles, config), (blocks, small)):
                 args = flat_product(x, p, routed_to, TOP_K, epilogue, None, torch.bfloat16)
                 finite(kernel.grouped_gemm_packed(*args, chosen)[live])
-        with filled_memory():
-            rows = mk.gather_rows(x, tiles, top_k=TOP_K)
-            finite(
-                kernel.grouped_gemm_packed(*flat_product(rows, p, tiles, 0, epilogue, None, torch.bfloat16), config)[
-                    live
-                ]
-            )
+        for chosen in (config,) if fmt is not None else (config, three):
+            with filled_memory():
+                rows = mk.gather_rows(x, tiles, top_k=TOP_K)
+                args = flat_product(rows, p, tiles, 0, epilogue, None, torch.bfloat16)
+                finite(kernel.grouped_gemm_packed(*args, chosen)[live])
     w13, w2 = (mk.quantize(normal(EXPERTS, *shape) / 32, mk.MXFP4) for shape in ((1536, 2048), (2048, 768)))
     layer = mk.PackedLayer(mk.pack(w13, gated=True), mk.pack(w2), SWIGLU_OAI)
     with blocks_waited_for():

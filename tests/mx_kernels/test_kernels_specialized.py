@@ -15,7 +15,7 @@ import mx_kernels as mk
 from mx_kernels.packed_gemm import flat_product
 from mx_kernels.tuning import Config
 
-from .test_specialized import FORMATS, JOINED, OAI, SILU, SMALL, SPECIALIZED, TWO_PROGRAMS, kernel
+from .test_specialized import FORMATS, JOINED, OAI, SILU, SMALL, SPECIALIZED, THREE, TWO_PROGRAMS, kernel
 
 __all__ = ["kernel"]  # a fixture
 
@@ -55,6 +55,18 @@ def test_bit_for_bit_what_the_other_kernel_computes(kernel, f, act):
     want = problem.product(128, TWO_PROGRAMS, out=torch.bfloat16)
     for slots in (True, False):
         assert torch.equal(problem.product(256, config, slots, torch.bfloat16), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", [SILU, OAI, GELU, None], ids=["silu", "oai", "gelu", "none"])
+def test_three_warpgroups_of_plain_weights_compute_the_same(kernel, act):
+    """Every level, whole tiles and last ones of which two warpgroups, one or none have rows of their own; blocks that walk together."""
+    for problem in drawn(None, act):
+        if problem.packed.shape[1] >= 192:
+            want = problem.product(128, TWO_PROGRAMS, out=torch.bfloat16)
+            assert want.isfinite().all()
+            for config, slots in ((THREE, True), (THREE, False), (replace(THREE, group=8), True)):
+                assert torch.equal(problem.product(256, config, slots, torch.bfloat16), want)
 
 
 @pytest.mark.gpu

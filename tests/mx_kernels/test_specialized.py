@@ -19,6 +19,7 @@ OAI = mk.Activation("swiglu_oai", "interleaved", alpha=1.702, beta=1.0, limit=7.
 SPECIALIZED = Config(256, 128, 64, 4, 4, group=4, specialized=True)  # two warpgroups that multiply
 JOINED = replace(SPECIALIZED, group=1, join=32)  # last blocks of few pairs join the one in front
 SMALL = Config(160, 192, 64, 4, 6, group=2, specialized=True)  # three
+THREE = Config(256, 192, 64, 4, 3, group=2, specialized=True)  # of plain weights
 TWO_PROGRAMS = Config(128, 128, 64, 4, 4, levels=3)
 FORMATS = [mk.MXFP8, mk.MXFP8_E5M2, mk.MXFP6_E2M3, mk.MXFP4, mk.NVFP4]
 
@@ -200,6 +201,12 @@ def test_small_blocks(kernel, monkeypatch):
             meta_product(*args, config, block=block, slots=True)
     with pytest.raises(ValueError, match="of plain weights none"):
         meta_product(*plain, JOINED, slots=True)
+    three, _ = meta_product(*plain, THREE, slots=True)
+    assert (three.kernel, *three.constants[:2]) == (taken.kernel, 256, 3)
+    float32, _ = meta_product(*plain, THREE, slots=True, out=torch.float32)
+    assert float32.constants[:2] == (256, 2), "results take more room on their way out"
+    with pytest.raises(ValueError, match="those of 192 rows and more by 192 too"):
+        meta_product(*args, THREE, slots=True)
     with pytest.raises(ValueError, match="takes 64 pairs, which do not divide blocks of 160"):
         meta_product(*args, Config(64, 128, 64, 4, 3), block=160)
     with pytest.raises(ValueError, match="blocks of 80 pairs"):
@@ -370,24 +377,35 @@ def test_what_it_compiles_to(aot, kernel, monkeypatch, f, act, how):
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    ("act", "out"),
-    [(SILU, torch.bfloat16), (OAI, torch.float32), (None, torch.bfloat16), (None, torch.float32)],
-    ids=["silu-bf16", "oai-fp32", "gemm2-bf16", "gemm2-fp32"],
+    ("rows", "act", "out"),
+    [
+        (128, SILU, torch.bfloat16),
+        (128, OAI, torch.float32),
+        (128, None, torch.bfloat16),
+        (128, None, torch.float32),
+        (192, SILU, torch.bfloat16),
+        (192, OAI, torch.bfloat16),
+        (192, None, torch.bfloat16),
+    ],
+    ids=["silu-bf16", "oai-fp32", "gemm2-bf16", "gemm2-fp32", "three-silu", "three-oai", "three-gemm2"],
 )
 @pytest.mark.parametrize("slots", [True, False], ids=["slots", "pairs"])
-def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, act, out, slots):
+def test_what_plain_weights_compile_to(aot, kernel, monkeypatch, rows, act, out, slots):
     """Weights by the copy engine, x too where it lies in slot order, and products from shared memory; one is issued before the one in
     front of it has ended."""
-    made = compiled(aot, kernel, *meta_product(kernel, monkeypatch, None, 2048, act, SPECIALIZED, slots=slots, out=out))
-    assert made.opcodes()["UTMALDG"] == (4 + 3 + 2 + 1) * slots + 4 * 2
+    config, spills = (SPECIALIZED, 0) if rows == 128 else (THREE, 40)
+    plan, tensors = meta_product(kernel, monkeypatch, None, 2048, act, config, slots=slots, out=out)
+    made = compiled(aot, kernel, plan, tensors, spills)
+    assert made.opcodes()["UTMALDG"] == (4 + 3 + 2 + 1) * slots + 4 * rows // 64
     assert (made.opcodes()["LDGSTS"] > 0) == (not slots)
-    loops = [body for body in made.loops() if sum(line.startswith("HGMMA") for line in body) == 4 and len(body) < 100]
-    assert {pairs for pairs in (256, 128, 64) for b in loops if any(f"64x{pairs}x16" in line for line in b)} == {
-        256,
-        128,
-        64,
-    }
+    loops = [[line for line in b if line.startswith("HGMMA")] for b in made.loops() if len(b) < 100]
+    found = [sum(int(re.search(r"64x(\d+)x16", line).group(1)) for line in products) for products in loops if products]
+    assert sorted(found) == sorted([64 * 4, 128 * 4, 192 * 4, 256 * 4] * (rows // 64)), (
+        "a loop for each number of pairs"
+    )
+    loops = [body for body in made.loops() if any(line.startswith("HGMMA") for line in body) and len(body) < 100]
     for body in loops:
+        assert len(body) < 80
         assert not any(line.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x0") for line in body)
         waits, gives = (
             next(i for i, line in enumerate(body) if line.startswith(f"SYNCS.{w}")) for w in ("PHASECHK", "ARRIVE")

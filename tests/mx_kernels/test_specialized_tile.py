@@ -111,7 +111,7 @@ def plain_python(**replaced):
     space |= {
         "gl": gl,
         "mbarrier": mbarrier,
-        "main_of": lambda n: 1 << (n.bit_length() - 1),
+        "main_of": lambda n, groups: min(1 << (n.bit_length() - 1), 256 if groups == 2 else 128),
         "block_of": lambda n: 256 if n == 288 else n,
     }
     space |= {"_barrier": lambda: None, "fence_async_shared": lambda: None}
@@ -140,12 +140,13 @@ class Copies:
             barrier.change(arrivals=load.COPIERS.value)
 
 
-def run(kind, groups, stages, k, pairs, levels, copied=False):
-    """What each warpgroup multiplied, step by step, in tiles of such numbers of pairs. copied: rows of x are, else boxes bring them."""
+def run(kind, groups, stages, k, pairs, levels, copied, passes):
+    """What each warpgroup multiplied, step by step, in tiles of such numbers of pairs. copied: rows of x are, else boxes bring them.
+    passes: by tile, how many warpgroups, the first ones, have nothing to multiply."""
     world = threading.Condition()
     full, empty = (Places(Barrier(world, n) for _ in range(stages)) for n in (1 + load.COPIERS.value * copied, groups))
     xs, xt = (Places(Place(groups) for _ in range(stages)) for _ in range(2))
-    xs.shape = (stages, 128 if pairs == 160 else 256)  # what is over lies in xt
+    xs.shape = (stages, 256 if groups == 2 else 128)  # what is over lies in xt
     ws, ss = (Places(Place(1) for _ in range(stages * groups)) for _ in range(2))
     ring = (xs, xt, ws, ss, full, empty)
     box, units, tail = 64 if pairs == 256 else 32, 1 if kind == "e2m1" else 2, int(k % 128 != 0)
@@ -179,13 +180,13 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
         )
         stage = phase = 0
         for tiles[0], n in enumerate(levels):
-            stage, phase = loader._load_rows(0, None, Number(k), stage, phase, ring, n, tail, stages)
+            stage, phase = loader._load_rows(0, None, Number(k), stage, phase, ring, n, groups, tail, stages)
         rows.begun.put(None)
 
     def multiplies(of):
         flying, fences = [], []
 
-        def issued(a, ring, stage, acc, rest, n):
+        def issued(a, ring, stage, acc, rest, n, groups):
             assert not copied or len(fences) > len(seen[of]) + len(flying), "copies are not there for the product yet"
             flying.append((a, [xs[stage], xt[stage]] if n > xs.shape[1] else [xs[stage]]))
             return acc, rest
@@ -198,7 +199,7 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
                 seen[of].append((a.read() if isinstance(a, Place) else a, *found))
             return deps[0] if deps else None
 
-        def ended(acc, rest, n, but=0):
+        def ended(acc, rest, n, groups, but=0):
             wait(but)
             return acc, rest
 
@@ -207,7 +208,7 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
             _ended=ended,
             warpgroup_mma_wait=wait,
             fence_async_shared=lambda: fences.append(None),
-            _sums_of=lambda n: (0, 0),
+            _sums_of=lambda n, groups: (0, 0),
             _used=lambda a: None,
             _scale_words=lambda ss, stage, of, groups, *_: ss[stage * groups + of].read(),
             _decoded=lambda ws, scales, stage, second, of, groups, *_: (
@@ -216,9 +217,21 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
                 int(second),
             ),
         )
+
+        def given_back(empty, stage):
+            read = [xs[stage], *([xt[stage]] if n > xs.shape[1] else ()), ws[stage * groups + of]]
+            for place in read + ([ss[stage * groups + of]] if kind and passed[0] % 2 == 0 else []):
+                place.read()
+            passed[0] += 1
+            empty[stage].change(arrivals=1)
+
+        passing, _ = plain_python(released=given_back)
         stage = phase = 0
-        for n in levels:
-            if kind == "":
+        for i, n in enumerate(levels):
+            passed = [0]
+            if of < passes.get(i, 0):
+                stage, phase = passing.passed_over(ring, stage, phase, Number(k), stages)
+            elif kind == "":
                 *_, stage, phase = product.plain_tile(ring, stage, phase, Number(k), of, groups, n, stages, copied)
             else:
                 *_, stage, phase = product.tile(
@@ -247,25 +260,27 @@ def run(kind, groups, stages, k, pairs, levels, copied=False):
 @pytest.mark.parametrize("k", [64, 128, 192, 256, 320, 768, 2880])
 @pytest.mark.parametrize("stages", [2, 3, 4, 6])
 @pytest.mark.parametrize(
-    ("kind", "groups", "pairs", "levels", "copied"),
+    ("kind", "groups", "pairs", "levels", "copied", "passes"),
     [
-        ("", 2, 256, (256, 64, 192, 128), False),
-        ("", 2, 256, (64, 256, 192), True),
-        ("e2m1", 2, 256, (64, 256, 128), False),
-        ("e4m3", 2, 256, (128, 192, 256), True),
-        ("e2m1", 2, 288, (288, 64, 256, 288), False),
-        ("e4m3", 2, 288, (192, 288, 128), True),
-        ("e4m3", 3, 160, (160, 96, 64, 128, 160), False),
-        ("e2m1", 3, 160, (128, 160, 64, 96), True),
+        ("", 2, 256, (256, 64, 192, 128), False, {}),
+        ("", 2, 256, (64, 256, 192), True, {1: 1}),
+        ("", 3, 256, (256, 64, 192, 128), False, {1: 2, 3: 1}),
+        ("", 3, 256, (128, 256, 64, 192), True, {0: 1, 1: 2}),
+        ("e2m1", 2, 256, (64, 256, 128), False, {0: 1, 1: 1}),
+        ("e4m3", 2, 256, (128, 192, 256), True, {}),
+        ("e2m1", 2, 288, (288, 64, 256, 288), False, {3: 1}),
+        ("e4m3", 2, 288, (192, 288, 128), True, {1: 1}),
+        ("e4m3", 3, 160, (160, 96, 64, 128, 160), False, {0: 2, 4: 1}),
+        ("e2m1", 3, 160, (128, 160, 64, 96), True, {1: 2}),
     ],
 )
-def test_every_step_finds_its_own(kind, groups, pairs, levels, copied, stages, k):
-    seen = run(kind, groups, stages, k, pairs, levels, copied)
+def test_every_step_finds_its_own(kind, groups, pairs, levels, copied, passes, stages, k):
+    seen = run(kind, groups, stages, k, pairs, levels, copied, passes)
     steps = range(-(-k // 64))
     for of, got in enumerate(seen):
         want = []
         for i in range(len(levels)):
-            for step in steps:
+            for step in steps if of >= passes.get(i, 0) else ():
                 w, x = (i, "w", of, 64 * step), (i, "x", 64 * step)
                 second = 1 if step % 2 or (k % 128 and step == steps[-1]) else 0
                 want.append((w, x) if kind == "" else ((w, (i, "s", of, step // 2), second), x))

@@ -294,15 +294,17 @@ def test_block_size_knows_packed_weights():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "n", "k", "group"),
+    ("pairs", "n", "k", "rows", "group"),
     [
-        (4096, 28672, 4096, 2),
-        (4096, 4096, 14336, 2),
-        (1024, 28672, 4096, 4),
-        (4096, 5760, 2880, 1),
-        (1024, 1536, 2048, 1),
+        (4096, 28672, 4096, 192, 8),
+        (4096, 4096, 14336, 192, 8),
+        (1024, 28672, 4096, 192, 8),
+        (4096, 5760, 2880, 128, 1),
+        (1024, 1536, 2048, 128, 1),
+        (1024, 176, 262144, 128, 1),  # of fewer rows than such a tile has
     ],
 )
-def test_how_many_blocks_of_plain_weights_walk_together(pairs, n, k, group):
-    """As measured on an H100: two, or all of four, where an expert's weight is larger than the second-level cache."""
-    assert choose_config(Problem("", 32, 8 * pairs, 8, n, k), 256, specialized=True, slots=True).group == group
+def test_plain_weights_that_the_cache_does_not_hold(pairs, n, k, rows, group):
+    """As measured on an H100: wider tiles, and up to eight blocks that walk together, from an expert's size on; stages that fit."""
+    c = choose_config(Problem("", 32, 8 * pairs, 8, n, k), 256, specialized=True, slots=True)
+    assert (c.rows, c.group, c.stages) == (rows, group, 3 if rows == 192 else 4)

@@ -20,7 +20,8 @@ Letters: P pairs, E experts, r = P / E pairs an expert, N packed weight rows, K 
   warpgroups gain from r = 86 to 151, two from there on. Plain weights, which nothing decodes, gain from r = 512 on.
 - Where an expert's weight does not fit the second-level cache beside the activations, several blocks walk it together; in
   ``specialized.py`` all full blocks of an expert do, where a wave of programs would otherwise be one block's, and blocks that are not
-  full come last: what takes equally long keeps in step and finds in that cache what others have brought there.
+  full come last: what takes equally long keeps in step and finds in that cache what others have brought there. Such plain weights
+  are multiplied by three warpgroups, 192 rows and 256 pairs a tile: both operands are brought for each tile, a fifth less so.
 
 The thresholds were measured on an NVIDIA H200, those of steps of 64 columns and of 256 pairs on an H100 (r = 96 lies between the
 measured 64 and 128; torch 2.11, Triton 3.6, November 2026; docs/performance.md), on shapes from 2048 x 768 to 28672 x 4096;
@@ -46,6 +47,7 @@ MIDDLE = 86  # pairs an expert up to which blocks of 96 gain over those of 128, 
 LEAST = 151  # pairs an expert from which on large blocks gain
 MANY = 224  # the same of products that are not a layer's, or whose results are rounded
 PLAIN = 512  # the same of plain weights, where rows lie in slot order or weights are narrow
+HEAVY = 48e6  # bytes of an expert's plain matrix from which on a tile takes 192 of its rows, so that x is brought less often
 NARROW = 0.8  # what a tile of 128 weight rows costs in such small blocks, of one of 192
 RING = SHARED - (20 << 10)  # bytes of shared memory for its stages, beside tables, notes and results on their way out
 
@@ -58,8 +60,8 @@ class Config:
     the K loop of a tile. group: blocks of pairs that walk the weight tiles together. levels: narrower loops (a half, a quarter of
     ``pairs``; 96 are 64 and 32) for blocks with few pairs. mask: do not load rows of x that are not there. evict: eviction policy
     of weight loads. maxnreg: registers a thread, 0 for the compiler's choice. specialized: the kernel whose warps load or multiply, for
-    256 pairs and 128 rows, or 160 and 192 or 128; levels, mask, evict and maxnreg are its own. join: up to how many pairs of an expert's
-    last block its block in front takes along (of 256, in that kernel).
+    256 pairs and 128 rows (of plain weights also 192), or 160 and 192 or 128; levels, mask, evict and maxnreg are its own. join: up to
+    how many pairs of an expert's last block its block in front takes along (of 256, in that kernel).
     """
 
     pairs: int
@@ -248,13 +250,12 @@ def choose_config(
     c = _preferred(p, pairs if pairs == 96 or pairs & (pairs - 1) == 0 else 32, units)
     least = specialized_from(p, slots, pairs) if specialized and pairs in (SMALL, LARGE) and shared >= SHARED else 0
     if least and p.num_pairs >= least * p.num_experts:
-        if p.element == "":
-            few = p.num_pairs < 5 * pairs * p.num_experts  # full blocks an expert: all walk together
-            group = (4 if few else 2) if p.expert_bytes > 48e6 else 1  # as much as the second-level cache holds
-        else:  # x of those who walk together takes 16 MiB of it
-            wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
-            group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
+        wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
         rows = small_rows(p, units) if pairs == SMALL else 128
+        if p.element:  # x of those who walk together takes 16 MiB of the second-level cache
+            group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
+        else:
+            rows, group = (192, 8) if p.expert_bytes > HEAVY and p.n >= 192 else (128, 1)
         join = JOIN if pairs == LARGE and p.element and joins(p, slots) else 0
         stage = 128 * (pairs + join) + rows * (
             128 if p.element == "" else (32 if p.element == "e2m1" else 64) + 128 // p.block

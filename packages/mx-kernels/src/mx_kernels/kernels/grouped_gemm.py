@@ -290,14 +290,14 @@ def _plan(
         and not (
             served
             and config.pairs == block
-            and (config.rows == 128 or (small and config.rows == 192))
+            and (config.rows == 128 or (config.rows == 192 and (small or kind == "") and strips >= 12))
             and config.join in ((0, JOIN) if block == LARGE and kind else (0,))
         )
     ):
         raise ValueError(
             "a specialized configuration serves weights of 128 rows and more (plain ones: bf16, whole strips and steps) in sorted blocks "
-            "of 256 pairs (32 or none of which join another, of plain weights none), or quantized ones of 192 and more, by 192 or 128, in "
-            "blocks of 160, all contiguous and 16-byte aligned, bf16 x, "
+            "of 256 pairs (32 or none of which join another, of plain weights none; those of 192 rows and more by 192 too), or "
+            "quantized ones of 192 and more, by 192 or 128, in blocks of 160, all contiguous and 16-byte aligned, bf16 x, "
             "whole K tiles, gates exactly with an activation and results that are not rounded, on sm_90: give this product another one"
         )
     if config is not None and route == SORTED.value and block % config.pairs:
@@ -306,13 +306,14 @@ def _plan(
         )
     held = 32 if block == 96 and not wgmma else block  # 64 and 32 pairs at once spill registers of other products
     c = config or config_for(problem, held, device, units, shared, served, top_k == 0)
+    if c.specialized and out_dtype.itemsize > 2:  # float32 results take more room on their way out
+        plain = {"rows": 128} if kind == "" else {}
+        c = replace(c, stages=min(c.stages, 4 if kind and not c.join else 3), **plain)
     tiles = -(-strips * 16 // c.rows)
     live = max(problem.active, num_pairs / c.pairs) * tiles
     streamed = problem.active * problem.expert_bytes
     if c.specialized:
-        if out_dtype.itemsize > 2:  # float32 results take more room on their way out
-            c = replace(c, stages=min(c.stages, 4 if kind and not c.join else 3))
-        elif c.join and top_k > 0 and not no_weight:  # notes of so many pairs, of their weights and rows likewise
+        if c.join and top_k > 0 and not no_weight:  # notes of so many pairs, of their weights and rows likewise
             c = replace(c, stages=min(c.stages, 4))
         from .specialized import _grouped_gemm_specialized_kernel
         from .specialized_load import LINES, PART, box_of

@@ -3,12 +3,13 @@
     y[p, j] = row_weight[p] * act(alpha[e] * sum_k w[e, n, k] * x[p // top_k, k] + bias[e, n])      e: the expert of pair p
 
 A program stays on its multiprocessor and draws one tile after another of weight rows times the pairs of a block: 192 or 128 rows times up
-to 160 pairs, or 128 rows times up to 256, or 288 where up to 32 of an expert's last block join the one in front. Three warpgroups, or two,
-take 64 rows each, decode a step's weights into registers while the product of the step before runs, and store their part of the result
-while others still multiply (``specialized_tile.py``). Three warps load, several steps ahead and on into the next tile
-(``specialized_load.py``): one draws tiles and sends the copy engine (TMA) for boxes of codes and scales, and of x where its rows lie in
-slot order (TOP_K 0, ``slots.py``); two note a tile's pairs and their weights for the epilogue and copy rows of x that lie anywhere,
-sixteen bytes a thread. Plain weights (KIND "") are multiplied from shared memory.
+to 160 pairs, or 128 rows (of plain weights also 192) times up to 256, or 288 where up to 32 of an expert's last block join the one in
+front. Three warpgroups, or two, take 64 rows each (in the last tile none, where the tile in front has them), decode a step's weights into
+registers while the product of the step before runs, and store their part of the result while others still multiply
+(``specialized_tile.py``). Three warps load, several steps ahead and on into the next tile (``specialized_load.py``): one draws tiles and
+sends the copy engine (TMA) for boxes of codes and scales, and of x where its rows lie in slot order (TOP_K 0, ``slots.py``); two note a
+tile's pairs and their weights for the epilogue and copy rows of x that lie anywhere, sixteen bytes a thread. Plain weights (KIND "") are
+multiplied from shared memory.
 
 ``packing.py`` has the layout of the codes; letters as in ``grouped_gemm.py``.
 """
@@ -36,7 +37,7 @@ from .specialized_load import (
     released,
     sends,
 )
-from .specialized_tile import plain_tile, tile
+from .specialized_tile import passed_over, plain_tile, tile
 
 
 @gluon.constexpr_function
@@ -161,17 +162,21 @@ def _multiplies(
             scale = gl.load(alpha + e)
         b0, b1 = _bias_of(bias + e.to(gl.int64) * n, n, row0, INTERLEAVED, ACT, HAS_BIAS)
         args = (b0, b1, y, first, pairs, n, scale, row0, act_alpha, act_beta, act_limit)
+        place = count & 1
+        if row0 + PART <= at * STRIPS * 16:  # the tile in front has these rows
+            level = -1
+            stage, phase = passed_over(ring, stage, phase, k, STAGES)
+            mbarrier.wait(notes[2].index(place), count >> 1 & 1)
         for i in gl.static_range(len(LEVELS)):
             if level == i:
                 N: gl.constexpr = LEVELS[i]
-                MAIN: gl.constexpr = main_of(N)
+                MAIN: gl.constexpr = main_of(N, GROUPS)
                 if KIND == "":
                     acc, rest, stage, phase = plain_tile(ring, stage, phase, k, OF, GROUPS, N, STAGES, COPIED)
                 else:
                     acc, rest, stage, phase = tile(
                         ring, stage, phase, k, OF, GROUPS, N, KIND, BLOCK, TAIL, EVEN, STAGES, COPIED
                     )
-                place = count & 1
                 held = (notes[0].index(place), notes[1].index(place))
                 mbarrier.wait(notes[2].index(place), count >> 1 & 1)
                 _store(acc, *held, *args, 0, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
@@ -204,7 +209,7 @@ def _grouped_gemm_specialized_kernel(
     if PDL:  # noqa: SIM102
         if ahead == 0:
             gdc_wait()
-    MAIN: gl.constexpr = main_of(BM)
+    MAIN: gl.constexpr = main_of(BM, GROUPS)
     PLACES: gl.constexpr = STAGES * GROUPS
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, MAIN, BK], gl.NVMMASharedLayout(128, 16, 2))
     xt = xs
@@ -266,7 +271,7 @@ def _grouped_gemm_specialized_kernel(
                     WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
                 (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K, PDL)),
-                (copies, (loads, BM, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
+                (copies, (loads, BM, GROUPS, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
             ],
             [4, 1, COPIERS // 32],
             [PRODUCT_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
@@ -287,7 +292,7 @@ def _grouped_gemm_specialized_kernel(
                     WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
                 (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K, PDL)),
-                (copies, (loads, BM, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
+                (copies, (loads, BM, GROUPS, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
             ],
             [4, 4, 1, COPIERS // 32],
             [PRODUCT_REGISTERS, PRODUCT_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],

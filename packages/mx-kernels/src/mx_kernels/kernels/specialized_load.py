@@ -71,16 +71,16 @@ def box_of(BM):
 
 
 @gluon.constexpr_function
-def main_of(N):
-    """Of N pairs those of the first product: the largest power of two."""
-    return 1 << (N.bit_length() - 1)
+def main_of(N, GROUPS):
+    """Of N pairs those of the first product: the largest power of two, of three warpgroups up to 128."""
+    return min(1 << (N.bit_length() - 1), 256 if GROUPS == 2 else 128)
 
 
 @gluon.jit
 def rows_of(xs, xt, stage, FIRST: gl.constexpr, N: gl.constexpr):
     """Rows FIRST to FIRST + N - 1 of a stage; those past a power of two have memory of their own."""
-    if xs.shape[1] == FIRST:
-        return xt.index(stage).slice(0, N, 0)
+    if xs.shape[1] <= FIRST:
+        return xt.index(stage).slice(FIRST - xs.shape[1], N, 0)
     else:
         return xs.index(stage).slice(FIRST, N, 0)
 
@@ -272,10 +272,12 @@ def _note(
 
 
 @gluon.jit
-def _load_rows(x, at, k, stage, phase, ring, N: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr):
+def _load_rows(
+    x, at, k, stage, phase, ring, N: gl.constexpr, GROUPS: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr
+):
     """Copy the rows of N slots for all steps of a tile."""
     xs, xt, _, _, full, empty = ring
-    MAIN: gl.constexpr = main_of(N)
+    MAIN: gl.constexpr = main_of(N, GROUPS)
     k0 = 0
     for _ in range(gl.cdiv(k, BK)):
         mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -422,7 +424,7 @@ def sends(
 
 @gluon.jit
 def copies(
-    given, BM: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHT: gl.constexpr
+    given, BM: gl.constexpr, GROUPS: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHT: gl.constexpr
 ):  # fmt: skip
     """Who copies what lies anywhere: pairs and their weights, and rows of x unless boxes bring them."""
     (
@@ -439,6 +441,6 @@ def copies(
         if TOP_K > 0:
             for i in gl.static_range(len(LEVELS)):
                 if level == i:
-                    stage, phase = _load_rows(x, notes[4], k, stage, phase, ring, LEVELS[i], TAIL, STAGES)
+                    stage, phase = _load_rows(x, notes[4], k, stage, phase, ring, LEVELS[i], GROUPS, TAIL, STAGES)
         count += 1
         block, _, _, level = job_of(jobs, count)

@@ -160,9 +160,9 @@ def _used(a):
 
 
 @gluon.jit
-def _sums_of(N: gl.constexpr):
+def _sums_of(N: gl.constexpr, GROUPS: gl.constexpr):
     """Zeros [64, N], and of what is over a power of two (else the same, which nobody looks at)."""
-    MAIN: gl.constexpr = main_of(N)
+    MAIN: gl.constexpr = main_of(N, GROUPS)
     acc = gl.zeros([64, MAIN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16]))
     rest = acc
     if N > MAIN:
@@ -171,10 +171,10 @@ def _sums_of(N: gl.constexpr):
 
 
 @gluon.jit
-def _issued(a, ring, stage, acc, rest, N: gl.constexpr):
+def _issued(a, ring, stage, acc, rest, N: gl.constexpr, GROUPS: gl.constexpr):
     """The products of a step, on their way."""
     xs, xt, _, _, _, _ = ring
-    MAIN: gl.constexpr = main_of(N)
+    MAIN: gl.constexpr = main_of(N, GROUPS)
     acc = warpgroup_mma(a, rows_of(xs, xt, stage, 0, MAIN).permute([1, 0]), acc, is_async=True)
     if N > MAIN:
         rest = warpgroup_mma(a, rows_of(xs, xt, stage, MAIN, N - MAIN).permute([1, 0]), rest, is_async=True)
@@ -182,9 +182,9 @@ def _issued(a, ring, stage, acc, rest, N: gl.constexpr):
 
 
 @gluon.jit
-def _ended(acc, rest, N: gl.constexpr, BUT: gl.constexpr = 0):
+def _ended(acc, rest, N: gl.constexpr, GROUPS: gl.constexpr, BUT: gl.constexpr = 0):
     """Wait for all products but those of the last BUT steps."""
-    if main_of(N) < N:
+    if main_of(N, GROUPS) < N:
         acc, rest = warpgroup_mma_wait(2 * BUT, deps=[acc, rest])
     else:
         acc = warpgroup_mma_wait(BUT, deps=[acc])
@@ -198,22 +198,33 @@ def _in_front(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def passed_over(ring, stage, phase, k, STAGES: gl.constexpr):
+    """Give back the stages of a tile of which a warpgroup multiplies nothing."""
+    _, _, _, _, full, empty = ring
+    for _ in range(gl.cdiv(k, BK)):
+        mbarrier.wait(full.index(stage), phase)
+        released(empty, stage)
+        stage, phase = following(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
 def plain_tile(
     ring, stage, phase, k, OF: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, COPIED: gl.constexpr
 ):  # fmt: skip
     """``tile`` of plain weights: the next product is issued before the one in front of it has ended."""
     _, _, ws, _, full, empty = ring
-    acc, rest = _sums_of(N)
+    acc, rest = _sums_of(N, GROUPS)
     for step in range(gl.cdiv(k, BK)):
         mbarrier.wait(full.index(stage), phase)
         if COPIED:
             fence_async_shared()
-        acc, rest = _issued(ws.index(stage * GROUPS + OF), ring, stage, acc, rest, N)
-        acc, rest = _ended(acc, rest, N, 1)
+        acc, rest = _issued(ws.index(stage * GROUPS + OF), ring, stage, acc, rest, N, GROUPS)
+        acc, rest = _ended(acc, rest, N, GROUPS, 1)
         _barrier()
         mbarrier.arrive(empty.index(_in_front(stage, STAGES)), count=1, pred=step > 0)
         stage, phase = following(stage, phase, STAGES)
-    acc, rest = _ended(acc, rest, N)
+    acc, rest = _ended(acc, rest, N, GROUPS)
     released(empty, _in_front(stage, STAGES))
     return acc, rest, stage, phase
 
@@ -225,7 +236,9 @@ def _ready(
 ):  # fmt: skip
     """The warpgroup's weights of a step, once they have come, and the words of their scales: of an odd step those of the one in front."""
     _, _, ws, ss, full, _ = ring
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, main_of(N), 16]), 2)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(
+        0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, main_of(N, GROUPS), 16]), 2
+    )
     mbarrier.wait(full.index(stage), phase)
     if COPIED:
         fence_async_shared()
@@ -247,37 +260,37 @@ def tile(
     EVEN: whether the number of steps is. COPIED: whether x was, by threads, whose stores have to be there for products.
     """
     empty = ring[5]
-    acc, rest = _sums_of(N)
+    acc, rest = _sums_of(N, GROUPS)
     steps = gl.cdiv(k, BK)
     a, scales = _ready(ring, stage, phase, None, half_of(0, k, TAIL), OF, GROUPS, N, KIND, BLOCK, COPIED)
     for step in range(1, steps - 1, 2):
-        acc, rest = _issued(a, ring, stage, acc, rest, N)
+        acc, rest = _issued(a, ring, stage, acc, rest, N, GROUPS)
         behind, phase = following(stage, phase, STAGES)
         b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(b)
-        acc, rest = _ended(acc, rest, N)
+        acc, rest = _ended(acc, rest, N, GROUPS)
         released(empty, stage)
-        acc, rest = _issued(b, ring, behind, acc, rest, N)
+        acc, rest = _issued(b, ring, behind, acc, rest, N, GROUPS)
         stage, phase = following(behind, phase, STAGES)
         second = (step == steps - 2).to(gl.int32) if TAIL else 0
         a, scales = _ready(ring, stage, phase, None, second, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(a)
-        acc, rest = _ended(acc, rest, N)
+        acc, rest = _ended(acc, rest, N, GROUPS)
         released(empty, behind)
     if EVEN:
-        acc, rest = _issued(a, ring, stage, acc, rest, N)
+        acc, rest = _issued(a, ring, stage, acc, rest, N, GROUPS)
         behind, phase = following(stage, phase, STAGES)
         b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(b)
-        acc, rest = _ended(acc, rest, N)
+        acc, rest = _ended(acc, rest, N, GROUPS)
         released(empty, stage)
-        acc, rest = _issued(b, ring, behind, acc, rest, N)
-        acc, rest = _ended(acc, rest, N)
+        acc, rest = _issued(b, ring, behind, acc, rest, N, GROUPS)
+        acc, rest = _ended(acc, rest, N, GROUPS)
         released(empty, behind)
         stage = behind
     else:
-        acc, rest = _issued(a, ring, stage, acc, rest, N)
-        acc, rest = _ended(acc, rest, N)
+        acc, rest = _issued(a, ring, stage, acc, rest, N, GROUPS)
+        acc, rest = _ended(acc, rest, N, GROUPS)
         released(empty, stage)
     stage, phase = following(stage, phase, STAGES)
     return acc, rest, stage, phase

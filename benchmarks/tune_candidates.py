@@ -111,7 +111,9 @@ def candidates(fmt: str, pairs: int, experts: int, which: str) -> list[Config]:
     if "specialized" in sets and each >= 192 and tuned.wgmma(torch.device("cuda", 0)):
         for stages, group in itertools.product((4,) if plain else (4, 5), (1, 4, 8)):
             out.append(Config(256, 128, 64, 4, stages, group=group, specialized=True))
-        if not plain:
+        if plain:
+            out += [Config(256, 192, 64, 4, 3, group=group, specialized=True) for group in (1, 4, 8)]
+        else:
             out.append(Config(256, 128, 64, 4, 5 if "4" in fmt else 4, specialized=True, join=JOIN))
     if "specialized" in sets and 48 <= each <= 320 and not plain and tuned.wgmma(torch.device("cuda", 0)):
         out += [Config(160, 192, 64, 4, stages, group=g, specialized=True) for stages, g in ((6, 1), (5, 1), (6, 2))]

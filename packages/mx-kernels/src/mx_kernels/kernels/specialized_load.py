@@ -72,7 +72,8 @@ def box_of(BM):
 
 @gluon.constexpr_function
 def main_of(N, GROUPS):
-    """Of N pairs those of the first product: the largest power of two, of three warpgroups up to 128."""
+    """Of N pairs those of the first product: the largest power of two; of three warpgroups up to 128, as a product of 256 takes more
+    registers than each of so many threads begins with."""
     return min(1 << (N.bit_length() - 1), 256 if GROUPS == 2 else 128)
 
 

@@ -211,7 +211,7 @@ def test_the_launches_where_tokens_are_copied(ledger, monkeypatch, promote):
 @pytest.mark.compile
 @pytest.mark.parametrize(("hidden", "width"), [(4096, 64), (256, 4096), (4096, 4096)])
 def test_the_launches_of_split_products(ledger, hidden, width):
-    layer, given = make_layer(experts=4, hidden=hidden, width=width), make_input(1, experts=4, k=2, hidden=hidden)
+    layer, given = make_layer(experts=2, hidden=hidden, width=width), make_input(1, experts=2, k=2, hidden=hidden)
     check_launches(ledger, layer, *given, False)
     moe = importlib.import_module("mx_kernels.kernels.moe")
     assert next(iter(moe._plans.values())).counters > 0

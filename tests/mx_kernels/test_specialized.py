@@ -203,6 +203,8 @@ def test_small_blocks(kernel, monkeypatch):
         meta_product(*plain, JOINED, slots=True)
     three, _ = meta_product(*plain, THREE, slots=True)
     assert (three.kernel, *three.constants[:2]) == (taken.kernel, 256, 3)
+    chosen, _ = meta_product(kernel, monkeypatch, None, 98304, SILU, slots=True)  # 50 MB an expert
+    assert (chosen.kernel, *chosen.constants[:2], chosen.sizes[9]) == (taken.kernel, 256, 3, 8)
     float32, _ = meta_product(*plain, THREE, slots=True, out=torch.float32)
     assert float32.constants[:2] == (256, 2), "results take more room on their way out"
     with pytest.raises(ValueError, match="those of 192 rows and more by 192 too"):

@@ -108,12 +108,7 @@ def plain_python(**replaced):
         arrive=lambda barrier, count, pred=True: barrier.change(arrivals=count) if pred else None,
         expect=lambda barrier, size, pred=True: barrier.change(1, size) if pred else None,
     )
-    space |= {
-        "gl": gl,
-        "mbarrier": mbarrier,
-        "main_of": lambda n, groups: min(1 << (n.bit_length() - 1), 256 if groups == 2 else 128),
-        "block_of": lambda n: 256 if n == 288 else n,
-    }
+    space |= {"gl": gl, "mbarrier": mbarrier}
     space |= {"_barrier": lambda: None, "fence_async_shared": lambda: None}
     return SimpleNamespace(**(space | {"space": space})), space.update(replaced)
 
@@ -180,13 +175,13 @@ def run(kind, groups, stages, k, pairs, levels, copied, passes):
         )
         stage = phase = 0
         for tiles[0], n in enumerate(levels):
-            stage, phase = loader._load_rows(0, None, Number(k), stage, phase, ring, n, groups, tail, stages)
+            stage, phase = loader._load_rows(0, None, Number(k), stage, phase, ring, n, tail, stages)
         rows.begun.put(None)
 
     def multiplies(of):
         flying, fences = [], []
 
-        def issued(a, ring, stage, acc, rest, n, groups):
+        def issued(a, ring, stage, acc, rest, n):
             assert not copied or len(fences) > len(seen[of]) + len(flying), "copies are not there for the product yet"
             flying.append((a, [xs[stage], xt[stage]] if n > xs.shape[1] else [xs[stage]]))
             return acc, rest
@@ -199,7 +194,7 @@ def run(kind, groups, stages, k, pairs, levels, copied, passes):
                 seen[of].append((a.read() if isinstance(a, Place) else a, *found))
             return deps[0] if deps else None
 
-        def ended(acc, rest, n, groups, but=0):
+        def ended(ring, acc, rest, n, but=0):
             wait(but)
             return acc, rest
 
@@ -208,7 +203,7 @@ def run(kind, groups, stages, k, pairs, levels, copied, passes):
             _ended=ended,
             warpgroup_mma_wait=wait,
             fence_async_shared=lambda: fences.append(None),
-            _sums_of=lambda n, groups: (0, 0),
+            _sums_of=lambda *_: (0, 0),
             _used=lambda a: None,
             _scale_words=lambda ss, stage, of, groups, *_: ss[stage * groups + of].read(),
             _decoded=lambda ws, scales, stage, second, of, groups, *_: (

@@ -250,9 +250,9 @@ def choose_config(
     c = _preferred(p, pairs if pairs == 96 or pairs & (pairs - 1) == 0 else 32, units)
     least = specialized_from(p, slots, pairs) if specialized and pairs in (SMALL, LARGE) and shared >= SHARED else 0
     if least and p.num_pairs >= least * p.num_experts:
-        wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
-        rows = small_rows(p, units) if pairs == SMALL else 128
         if p.element:  # x of those who walk together takes 16 MiB of the second-level cache
+            wide = p.expert_bytes > 24e6 and p.n >= 128 * (units or UNITS)
+            rows = small_rows(p, units) if pairs == SMALL else 128
             group = max(1, min(8, (16 << 20) // (2 * pairs * p.k))) if wide else 1
         else:
             rows, group = (192, 8) if p.expert_bytes > HEAVY and p.n >= 192 else (128, 1)

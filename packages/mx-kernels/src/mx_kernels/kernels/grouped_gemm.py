@@ -307,8 +307,7 @@ def _plan(
     held = 32 if block == 96 and not wgmma else block  # 64 and 32 pairs at once spill registers of other products
     c = config or config_for(problem, held, device, units, shared, served, top_k == 0)
     if c.specialized and out_dtype.itemsize > 2:  # float32 results take more room on their way out
-        plain = {"rows": 128} if kind == "" else {}
-        c = replace(c, stages=min(c.stages, 4 if kind and not c.join else 3), **plain)
+        c = replace(c, rows=c.rows if kind else 128, stages=min(c.stages, 4 if kind and not c.join else 3))
     tiles = -(-strips * 16 // c.rows)
     live = max(problem.active, num_pairs / c.pairs) * tiles
     streamed = problem.active * problem.expert_bytes

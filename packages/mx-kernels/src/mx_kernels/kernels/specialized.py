@@ -170,7 +170,6 @@ def _multiplies(
         for i in gl.static_range(len(LEVELS)):
             if level == i:
                 N: gl.constexpr = LEVELS[i]
-                MAIN: gl.constexpr = main_of(N, GROUPS)
                 if KIND == "":
                     acc, rest, stage, phase = plain_tile(ring, stage, phase, k, OF, GROUPS, N, STAGES, COPIED)
                 else:
@@ -180,8 +179,10 @@ def _multiplies(
                 held = (notes[0].index(place), notes[1].index(place))
                 mbarrier.wait(notes[2].index(place), count >> 1 & 1)
                 _store(acc, *held, *args, 0, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
-                if N > MAIN:
-                    _store(rest, *held, *args, MAIN, ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS)
+                if acc.shape[1] < N:
+                    _store(
+                        rest, *held, *args, acc.shape[1], ACT, LIMIT, HAS_ALPHA, HAS_BIAS, HAS_WEIGHT, WIDE, TO_SLOTS
+                    )
         released(notes[3], count & 1)
         if PDL:  # noqa: SIM102
             if flow < 0:
@@ -209,7 +210,8 @@ def _grouped_gemm_specialized_kernel(
     if PDL:  # noqa: SIM102
         if ahead == 0:
             gdc_wait()
-    MAIN: gl.constexpr = main_of(BM, GROUPS)
+    # one product of 256 pairs takes more registers than each thread of three such warpgroups begins with
+    MAIN: gl.constexpr = main_of(BM, 256 if GROUPS == 2 else 128)
     PLACES: gl.constexpr = STAGES * GROUPS
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, MAIN, BK], gl.NVMMASharedLayout(128, 16, 2))
     xt = xs
@@ -271,7 +273,7 @@ def _grouped_gemm_specialized_kernel(
                     WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
                 (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K, PDL)),
-                (copies, (loads, BM, GROUPS, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
+                (copies, (loads, BM, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
             ],
             [4, 1, COPIERS // 32],
             [PRODUCT_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
@@ -292,7 +294,7 @@ def _grouped_gemm_specialized_kernel(
                     WIDE, TO_SLOTS, TOP_K > 0, PDL,
                 )),
                 (sends, (loads, BM, GROUPS, KIND, BLOCK, TAIL, STAGES, TOP_K, PDL)),
-                (copies, (loads, BM, GROUPS, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
+                (copies, (loads, BM, TAIL, STAGES, TOP_K, HAS_WEIGHT)),
             ],
             [4, 4, 1, COPIERS // 32],
             [PRODUCT_REGISTERS, PRODUCT_REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],

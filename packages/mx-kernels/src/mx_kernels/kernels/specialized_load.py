@@ -71,10 +71,9 @@ def box_of(BM):
 
 
 @gluon.constexpr_function
-def main_of(N, GROUPS):
-    """Of N pairs those of the first product: the largest power of two; of three warpgroups up to 128, as a product of 256 takes more
-    registers than each of so many threads begins with."""
-    return min(1 << (N.bit_length() - 1), 256 if GROUPS == 2 else 128)
+def main_of(N, ROWS):
+    """Of N pairs those of the first product: the largest power of two, but no more than the ROWS that lie together in ``xs``."""
+    return min(1 << (N.bit_length() - 1), ROWS)
 
 
 @gluon.jit
@@ -273,12 +272,10 @@ def _note(
 
 
 @gluon.jit
-def _load_rows(
-    x, at, k, stage, phase, ring, N: gl.constexpr, GROUPS: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr
-):
+def _load_rows(x, at, k, stage, phase, ring, N: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr):
     """Copy the rows of N slots for all steps of a tile."""
     xs, xt, _, _, full, empty = ring
-    MAIN: gl.constexpr = main_of(N, GROUPS)
+    MAIN: gl.constexpr = main_of(N, xs.shape[1])
     k0 = 0
     for _ in range(gl.cdiv(k, BK)):
         mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -425,7 +422,7 @@ def sends(
 
 @gluon.jit
 def copies(
-    given, BM: gl.constexpr, GROUPS: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHT: gl.constexpr
+    given, BM: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHT: gl.constexpr
 ):  # fmt: skip
     """Who copies what lies anywhere: pairs and their weights, and rows of x unless boxes bring them."""
     (
@@ -442,6 +439,6 @@ def copies(
         if TOP_K > 0:
             for i in gl.static_range(len(LEVELS)):
                 if level == i:
-                    stage, phase = _load_rows(x, notes[4], k, stage, phase, ring, LEVELS[i], GROUPS, TAIL, STAGES)
+                    stage, phase = _load_rows(x, notes[4], k, stage, phase, ring, LEVELS[i], TAIL, STAGES)
         count += 1
         block, _, _, level = job_of(jobs, count)

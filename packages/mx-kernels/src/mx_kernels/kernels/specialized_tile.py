@@ -160,9 +160,9 @@ def _used(a):
 
 
 @gluon.jit
-def _sums_of(N: gl.constexpr, GROUPS: gl.constexpr):
-    """Zeros [64, N], and of what is over a power of two (else the same, which nobody looks at)."""
-    MAIN: gl.constexpr = main_of(N, GROUPS)
+def _sums_of(ring, N: gl.constexpr):
+    """Zeros [64, N], and of what is over the first product (else the same, which nobody looks at)."""
+    MAIN: gl.constexpr = main_of(N, ring[0].shape[1])
     acc = gl.zeros([64, MAIN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16]))
     rest = acc
     if N > MAIN:
@@ -171,10 +171,10 @@ def _sums_of(N: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def _issued(a, ring, stage, acc, rest, N: gl.constexpr, GROUPS: gl.constexpr):
+def _issued(a, ring, stage, acc, rest, N: gl.constexpr):
     """The products of a step, on their way."""
     xs, xt, _, _, _, _ = ring
-    MAIN: gl.constexpr = main_of(N, GROUPS)
+    MAIN: gl.constexpr = main_of(N, xs.shape[1])
     acc = warpgroup_mma(a, rows_of(xs, xt, stage, 0, MAIN).permute([1, 0]), acc, is_async=True)
     if N > MAIN:
         rest = warpgroup_mma(a, rows_of(xs, xt, stage, MAIN, N - MAIN).permute([1, 0]), rest, is_async=True)
@@ -182,9 +182,9 @@ def _issued(a, ring, stage, acc, rest, N: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def _ended(acc, rest, N: gl.constexpr, GROUPS: gl.constexpr, BUT: gl.constexpr = 0):
+def _ended(ring, acc, rest, N: gl.constexpr, BUT: gl.constexpr = 0):
     """Wait for all products but those of the last BUT steps."""
-    if main_of(N, GROUPS) < N:
+    if main_of(N, ring[0].shape[1]) < N:
         acc, rest = warpgroup_mma_wait(2 * BUT, deps=[acc, rest])
     else:
         acc = warpgroup_mma_wait(BUT, deps=[acc])
@@ -214,17 +214,17 @@ def plain_tile(
 ):  # fmt: skip
     """``tile`` of plain weights: the next product is issued before the one in front of it has ended."""
     _, _, ws, _, full, empty = ring
-    acc, rest = _sums_of(N, GROUPS)
+    acc, rest = _sums_of(ring, N)
     for step in range(gl.cdiv(k, BK)):
         mbarrier.wait(full.index(stage), phase)
         if COPIED:
             fence_async_shared()
-        acc, rest = _issued(ws.index(stage * GROUPS + OF), ring, stage, acc, rest, N, GROUPS)
-        acc, rest = _ended(acc, rest, N, GROUPS, 1)
+        acc, rest = _issued(ws.index(stage * GROUPS + OF), ring, stage, acc, rest, N)
+        acc, rest = _ended(ring, acc, rest, N, 1)
         _barrier()
         mbarrier.arrive(empty.index(_in_front(stage, STAGES)), count=1, pred=step > 0)
         stage, phase = following(stage, phase, STAGES)
-    acc, rest = _ended(acc, rest, N, GROUPS)
+    acc, rest = _ended(ring, acc, rest, N)
     released(empty, _in_front(stage, STAGES))
     return acc, rest, stage, phase
 
@@ -236,9 +236,8 @@ def _ready(
 ):  # fmt: skip
     """The warpgroup's weights of a step, once they have come, and the words of their scales: of an odd step those of the one in front."""
     _, _, ws, ss, full, _ = ring
-    OPERAND: gl.constexpr = gl.DotOperandLayout(
-        0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, main_of(N, GROUPS), 16]), 2
-    )
+    MAIN: gl.constexpr = main_of(N, ring[0].shape[1])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16]), 2)
     mbarrier.wait(full.index(stage), phase)
     if COPIED:
         fence_async_shared()
@@ -260,37 +259,37 @@ def tile(
     EVEN: whether the number of steps is. COPIED: whether x was, by threads, whose stores have to be there for products.
     """
     empty = ring[5]
-    acc, rest = _sums_of(N, GROUPS)
+    acc, rest = _sums_of(ring, N)
     steps = gl.cdiv(k, BK)
     a, scales = _ready(ring, stage, phase, None, half_of(0, k, TAIL), OF, GROUPS, N, KIND, BLOCK, COPIED)
     for step in range(1, steps - 1, 2):
-        acc, rest = _issued(a, ring, stage, acc, rest, N, GROUPS)
+        acc, rest = _issued(a, ring, stage, acc, rest, N)
         behind, phase = following(stage, phase, STAGES)
         b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(b)
-        acc, rest = _ended(acc, rest, N, GROUPS)
+        acc, rest = _ended(ring, acc, rest, N)
         released(empty, stage)
-        acc, rest = _issued(b, ring, behind, acc, rest, N, GROUPS)
+        acc, rest = _issued(b, ring, behind, acc, rest, N)
         stage, phase = following(behind, phase, STAGES)
         second = (step == steps - 2).to(gl.int32) if TAIL else 0
         a, scales = _ready(ring, stage, phase, None, second, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(a)
-        acc, rest = _ended(acc, rest, N, GROUPS)
+        acc, rest = _ended(ring, acc, rest, N)
         released(empty, behind)
     if EVEN:
-        acc, rest = _issued(a, ring, stage, acc, rest, N, GROUPS)
+        acc, rest = _issued(a, ring, stage, acc, rest, N)
         behind, phase = following(stage, phase, STAGES)
         b, _ = _ready(ring, behind, phase, scales, 1, OF, GROUPS, N, KIND, BLOCK, COPIED)
         _used(b)
-        acc, rest = _ended(acc, rest, N, GROUPS)
+        acc, rest = _ended(ring, acc, rest, N)
         released(empty, stage)
-        acc, rest = _issued(b, ring, behind, acc, rest, N, GROUPS)
-        acc, rest = _ended(acc, rest, N, GROUPS)
+        acc, rest = _issued(b, ring, behind, acc, rest, N)
+        acc, rest = _ended(ring, acc, rest, N)
         released(empty, behind)
         stage = behind
     else:
-        acc, rest = _issued(a, ring, stage, acc, rest, N, GROUPS)
-        acc, rest = _ended(acc, rest, N, GROUPS)
+        acc, rest = _issued(a, ring, stage, acc, rest, N)
+        acc, rest = _ended(ring, acc, rest, N)
         released(empty, stage)
     stage, phase = following(stage, phase, STAGES)
     return acc, rest, stage, phase
